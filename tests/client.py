@@ -1,0 +1,181 @@
+"""What the tests drive the server with: its process, and a small ChatKit client."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from chatkit.types import ThreadStreamEvent
+from pydantic import TypeAdapter
+
+ROOT = Path(__file__).resolve().parent.parent
+EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Server:
+    """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
+    read, and with an environment made from scratch. `program` is run in main.py's place."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, python: str = ""):
+        (folder / "backend").mkdir(parents=True, exist_ok=True)
+        main = Path(shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py"))
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log: list[str] = []
+        self.news = threading.Condition()
+        self.process = subprocess.Popen(
+            [python or sys.executable, str(program or main)],
+            cwd=folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(folder),
+                "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
+                "PYTHONUNBUFFERED": "1",
+                "HOST": "127.0.0.1",
+                "PORT": str(self.port),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        for line in self.process.stdout:
+            with self.news:
+                self.log.append(line.rstrip("\n"))
+                self.news.notify_all()
+        with self.news:
+            self.log.append("(end of log)")
+            self.news.notify_all()
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """The log once a line holds `text`."""
+        with self.news:
+            self.news.wait_for(lambda: text in "\n".join(self.log) or "(end of log)" in self.log, seconds)
+            log = "\n".join(self.log)
+        assert text in log, log
+        return log
+
+    def started(self) -> "Server":
+        self.wait_for("Uvicorn running on")
+        return self
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 20) -> int:
+        """End the process; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        self.reader.join(5)
+        return code
+
+    @contextmanager
+    def no_new(self, *texts: str):
+        """None of these texts comes into the log inside the block."""
+        start = len(self.log)
+        yield
+        log = "\n".join(self.log[start:])
+        for text in texts:
+            assert text not in log, log
+
+
+def message(text: str, **more) -> dict:
+    content = [{"type": "input_text", "text": text}] if text else []
+    return {"content": content, "attachments": [], "inference_options": {}, **more}
+
+
+class Chat:
+    """A user's thread over HTTP. Every event of every stream is parsed by chatkit's own types."""
+
+    def __init__(self, url: str, token: str = "", thread_id: str | None = None):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=60)
+        self.thread_id = thread_id
+
+    def post(self, type: str, **params) -> httpx.Response:
+        return self.http.post("/chatkit", json={"type": type, "params": params})
+
+    def get(self, type: str, **params) -> dict:
+        """The answer to an operation that does not stream."""
+        response = self.post(type, **params)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stream(self, type: str, **params):
+        """The events of a streaming operation, as they come."""
+        body = {"type": type, "params": params}
+        with self.http.stream("POST", "/chatkit", json=body) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for line in response.iter_lines():
+                if line:
+                    assert line.startswith("data: "), line
+                    event = EVENT.validate_python(json.loads(line.removeprefix("data: ")))
+                    if event.type == "thread.created":
+                        self.thread_id = event.thread.id
+                    yield event
+
+    def start(self, text: str, **more):
+        """The events that answer a message, the first of which makes the thread."""
+        if self.thread_id is None:
+            return self.stream("threads.create", input=message(text, **more))
+        return self.stream("threads.add_user_message", input=message(text, **more), thread_id=self.thread_id)
+
+    def say(self, text: str, **more) -> list:
+        return list(self.start(text, **more))
+
+    def items(self) -> list[dict]:
+        """All stored items, oldest first, hidden ones left out."""
+        found, after = [], None
+        while True:
+            page = self.get("items.list", thread_id=self.thread_id, order="asc", limit=50, after=after)
+            found += page["data"]
+            after = page.get("after")
+            if not page["has_more"]:
+                return found
+
+    def debug(self) -> list[dict]:
+        """All stored items in /debug/threads' shape, hidden ones too."""
+        return self.http.get("/debug/threads").json()[self.thread_id]["items"]
+
+
+def error_of(events: list):
+    """The one error of a stream, which is its end (but for the thread's new title)."""
+    errors = [event for event in events if event.type == "error"]
+    assert len(errors) == 1, events
+    assert [event for event in events if event.type != "thread.updated"][-1] is errors[0]
+    return errors[0]
+
+
+def done(events: list, type: str = "assistant_message") -> list:
+    """The items of this type that the stream completed."""
+    return [event.item for event in events if event.type == "thread.item.done" and event.item.type == type]
+
+
+def text_of(item) -> str:
+    content = item["content"] if isinstance(item, dict) else [part.model_dump() for part in item.content]
+    return "".join(part["text"] for part in content)
+
+
+def deltas(events: list, item_id: str) -> str:
+    """An assistant message's text as its deltas rebuild it."""
+    updates = [event.update for event in events if event.type == "thread.item.updated" and event.item_id == item_id]
+    return "".join(update.delta for update in updates if update.type.endswith("text_delta"))

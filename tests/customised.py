@@ -1,0 +1,83 @@
+"""The server as a user of the file would extend it: tools, a guardrail, shorter patience.
+
+Run in main.py's place (main.py is imported, its names are used); the agent's tools are what
+the scripts in the tests call.
+"""
+
+import asyncio
+import os
+
+import uvicorn
+from agents import GuardrailFunctionOutput, RunContextWrapper, StopAtTools, function_tool, output_guardrail
+from chatkit.agents import AgentContext, ClientToolCall
+from chatkit.types import CustomTask, HiddenContextItem, TaskItem, ThreadItemDoneEvent, Workflow
+from chatkit.widgets import Card, Text
+
+import main
+
+Context = RunContextWrapper[AgentContext]
+
+
+@function_tool
+async def clock() -> str:
+    """Tell the time."""
+    return "noon"
+
+
+@function_tool
+async def pick_colour(ctx: Context, hint: str) -> str:
+    """Ask the browser for a colour."""
+    ctx.context.client_tool_call = ClientToolCall(name="pick_colour", arguments={"hint": hint})
+    return "asked"
+
+
+@function_tool
+async def show_card(ctx: Context) -> str:
+    """Show a card, a task and a workflow, and leave a hidden note."""
+    context = ctx.context
+    await context.stream_widget(Card(children=[Text(id="t", value="a card")]))
+    task = TaskItem(
+        id=context.generate_id("task"),
+        thread_id=context.thread.id,
+        created_at=context.thread.created_at,
+        task=CustomTask(title="a task", content="done"),
+    )
+    note = HiddenContextItem(
+        id=context.generate_id("message"),
+        thread_id=context.thread.id,
+        created_at=context.thread.created_at,
+        content="a hidden note",
+    )
+    await context.stream(ThreadItemDoneEvent(item=task))
+    await context.stream(ThreadItemDoneEvent(item=note))
+    await context.start_workflow(Workflow(type="custom", tasks=[]))
+    await context.add_workflow_task(CustomTask(title="a step", content="taken"))
+    await context.end_workflow()
+    return "shown"
+
+
+@function_tool(failure_error_function=None)
+async def broken() -> str:
+    """A tool with a bug."""
+    raise ZeroDivisionError("a bug in a tool")
+
+
+@function_tool
+async def slow() -> str:
+    """A tool that takes its time."""
+    await asyncio.sleep(float(os.environ.get("SLOW_TOOL", "1")))
+    return "finally"
+
+
+@output_guardrail
+async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
+    return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
+
+
+main.server.agent.tools += [clock, pick_colour, show_card, broken, slow]
+main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
+main.server.agent.output_guardrails.append(no_secrets)
+main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
