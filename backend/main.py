@@ -25,7 +25,8 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib.metadata import version
 from itertools import dropwhile
 from pathlib import Path
 
@@ -343,6 +344,10 @@ def missing_key(provider: str, model: str) -> str | None:
     return next((name for name in reversed(names) if name.endswith("_API_KEY")), None)
 
 
+# openai-agents from 0.22 on comes with LiteLLM 1.83: newer ones want an older openai. It takes a
+# connection that broke for the end of the reply, unless its transport is httpx's.
+OLD_LITELLM = tuple(map(int, version("litellm").split(".")[:2])) < (1, 106)
+litellm.disable_aiohttp_transport = OLD_LITELLM
 litellm.suppress_debug_info = True  # no "Give Feedback / Get Help" in the log
 MODEL_ID = litellm_model(PROVIDER, MODEL)
 MISSING_KEY = missing_key(PROVIDER, MODEL_ID)
@@ -437,20 +442,41 @@ FAULTS = [  # exceptions, HTTP statuses, what the person in the chat reads, whet
 ]
 
 
-def explain(error: BaseException) -> BaseException:
-    """The error that chatkit shows in the chat for a fault of the provider; logs the cause.
+class ProviderFault(CustomStreamError):
+    """A fault of the provider's, in words for the person in the chat."""
+
+    # openai-agents raises an error ahead of the deltas that came before it, unless it says so.
+    _agents_drain_queued_stream_events = True
+
+
+def explain(error: Exception) -> Exception:
+    """The ProviderFault that an error amounts to; logs the cause.
 
     Any other error is returned as it is: chatkit logs its traceback and shows a general message.
     """
+    if isinstance(error, CustomStreamError):
+        return error
     for types, statuses, message, allow_retry in FAULTS:
         # LiteLLM wraps errors, and the status that tells is not always the outermost.
         cause = error
         while cause is not None:
             if isinstance(cause, types) or getattr(cause, "status_code", None) in statuses:
                 logger.error("%s (%s: %s)", message, type(cause).__name__, redact(str(cause)))
-                return CustomStreamError(message, allow_retry=allow_retry)
+                return ProviderFault(message, allow_retry=allow_retry)
             cause = cause.__cause__ or cause.__context__
     return error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Errors inside come out as what they amount to in the chat."""
+    try:
+        yield
+    except Exception as error:
+        fault = explain(error)
+        if fault is error:
+            raise
+        raise fault from error
 
 
 def redact(text: str) -> str:
@@ -465,39 +491,56 @@ class ProviderModel(LitellmModel):
     """LitellmModel whose faults are explained and whose streams are fair, timed and complete."""
 
     async def _fetch_response(self, *args, **kwargs):
-        try:
-            with anyio.fail_after(MODEL_TIMEOUT):
-                fetched = await super()._fetch_response(*args, **kwargs)
-        except Exception as error:
-            raise explain(error) from error
+        with explained(), anyio.fail_after(MODEL_TIMEOUT):
+            fetched = await super()._fetch_response(*args, **kwargs)
         if not kwargs.get("stream"):
             return fetched
         response, stream = fetched
+        if OLD_LITELLM and stream.make_call:
+            stream.make_call = finite(stream.make_call)
         return response, self._chunks(stream)
 
     async def _chunks(self, stream: litellm.CustomStreamWrapper) -> AsyncIterator[litellm.ModelResponseStream]:
-        try:
-            while True:
-                with anyio.fail_after(MODEL_TIMEOUT):
-                    chunk = await anext(stream, None)
-                if chunk is None:
-                    break
-                # LiteLLM hands over what it has buffered without a pause: with a fast provider
-                # no other chat gets a turn, and this one is not sent, before the reply's end.
-                await asyncio.sleep(0)
-                yield chunk
+        with explained():
+            try:
+                while True:
+                    with anyio.fail_after(MODEL_TIMEOUT):
+                        chunk = await anext(stream, None)
+                    if chunk is None:
+                        break
+                    # LiteLLM hands over what it has buffered without a pause: with a fast provider
+                    # no other chat gets a turn, and this one is not sent, before the reply's end.
+                    await asyncio.sleep(0)
+                    yield chunk
+            except litellm.exceptions.MidStreamFallbackError as error:
+                if error.is_pre_first_chunk:
+                    raise
+                raise BrokenReply(error) from error
+            finally:
+                await stream.aclose()
             finish_reason = stream.received_finish_reason or stream.intermittent_finish_reason
             if finish_reason == "content_filter":
-                raise litellm.ContentPolicyViolationError("content_filter", self.model, PROVIDER)
+                raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
             if finish_reason is None:  # LiteLLM takes the end of the body for the end of the reply
                 raise BrokenReply if stream.response_uptil_now else NotAReply
-        except litellm.exceptions.MidStreamFallbackError as error:
-            cause = error.original_exception if error.is_pre_first_chunk else BrokenReply(error)
-            raise explain(cause or error) from error
-        except Exception as error:
-            raise explain(error) from error
-        finally:
-            await stream.aclose()
+
+
+def finite(make_call):
+    """`make_call` without the None that the old LiteLLM's Gemini parser returns for ever after a web page."""
+
+    async def chunks(**kwargs) -> AsyncIterator:
+        nothing = 0
+        async for chunk in await make_call(**kwargs):
+            nothing = nothing + 1 if chunk is None else 0
+            if nothing > 10_000:
+                return
+            if chunk is not None:
+                yield chunk
+
+    async def call(**kwargs) -> AsyncIterator:
+        return chunks(**kwargs)
+
+    return call
 
 
 model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_ID)
@@ -609,31 +652,32 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         unfinished: dict[str, ThreadItem] = {}
         texts: defaultdict[str, str] = defaultdict(str)
         answered = False
-        try:
-            async for event in events:
-                if event.type == "thread.item.added":
-                    unfinished[event.item.id] = event.item
-                elif event.type == "thread.item.updated":
-                    texts[event.item_id] += getattr(event.update, "delta", "")
-                elif event.type == "thread.item.done":
-                    unfinished.pop(event.item.id, None)
-                    answered = answered or event.item.type != "workflow"
-                elif event.type == "thread.item.removed":
-                    unfinished.pop(event.item_id, None)
-                yield event
-            if not answered:
-                raise EmptyReply
-        except Exception as error:
-            for item in unfinished.values():
-                if isinstance(item, AssistantMessageItem):
-                    item.content = [AssistantMessageContent(text=texts[item.id])]
-                if isinstance(item, AssistantMessageItem | WorkflowItem):
-                    yield ThreadItemDoneEvent(item=item)
-            raise (error if isinstance(error, CustomStreamError) else explain(error)) from error
-        finally:
-            result.cancel()  # or the provider goes on, and is paid, to the end of the reply
-            # chatkit's _merge_generators leaves a queue getter behind; one more event ends it.
-            await agent_context.stream(ProgressUpdateEvent(text=""))
+        with explained():
+            try:
+                async for event in events:
+                    if event.type == "thread.item.added":
+                        unfinished[event.item.id] = event.item
+                    elif event.type == "thread.item.updated":
+                        texts[event.item_id] += getattr(event.update, "delta", "")
+                    elif event.type == "thread.item.done":
+                        unfinished.pop(event.item.id, None)
+                        answered = answered or event.item.type != "workflow"
+                    elif event.type == "thread.item.removed":
+                        unfinished.pop(event.item_id, None)
+                    yield event
+                if not answered:
+                    raise EmptyReply
+            except Exception:
+                for item in unfinished.values():
+                    if isinstance(item, AssistantMessageItem):
+                        item.content = [AssistantMessageContent(text=texts[item.id])]
+                    if isinstance(item, AssistantMessageItem | WorkflowItem):
+                        yield ThreadItemDoneEvent(item=item)
+                raise
+            finally:
+                result.cancel()  # or the provider goes on, and is paid, to the end of the reply
+                # chatkit's _merge_generators leaves a queue getter behind; one more event ends it.
+                await agent_context.stream(ProgressUpdateEvent(text=""))
 
     async def with_unique_ids(
         self, events: AsyncIterator[ThreadStreamEvent], thread: ThreadMetadata, context: dict

@@ -1,0 +1,150 @@
+"""The provider fails: one error event that says what to do, one log line, and the thread goes on."""
+
+import socket
+import threading
+
+import pytest
+from client import ROOT, Chat, done, error_of, text_of
+from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
+
+KEYS = ("gemini-key-0123456789", "openai-key-0123456789", "anthropic-key-0123456789")
+PARTIAL = [Text("The first "), Text("half")]
+
+FAULTS = {  # name: steps of the provider, what the message says, allow_retry, what is stored of the reply
+    "key refused": ([Failure("key")], "_API_KEY", False, ""),
+    "forbidden": ([Failure("forbidden")], "_API_KEY", False, ""),
+    "unknown model": ([Failure("model")], "MODEL", False, ""),
+    "rate limit": ([Failure("rate")], "Wait", True, ""),
+    "too long": ([Failure("long")], "Start a new thread", False, ""),
+    "filtered at once": ([Finish("filter")], "filter", False, ""),
+    "prompt filtered": ([Finish("prompt")], "filter", False, ""),
+    "filtered on the way": ([*PARTIAL, Finish("filter")], "filter", False, "The first half"),
+    "server error": ([Failure("server")], "unavailable", True, ""),
+    "server error on the way": ([*PARTIAL, Stream("server")], "cut off", True, "The first half"),
+    "cut": ([*PARTIAL, Cut()], "cut off", True, "The first half"),
+    "web page": ([Failure("html")], "not understood", True, ""),
+    "other JSON": ([Failure("json")], "not understood", True, ""),
+    "no event": ([Raw(b"")], "not understood", True, ""),
+    "empty": ([Finish()], "empty", True, ""),
+    "only thoughts": ([Thought("Hm."), Finish()], "empty", True, ""),
+    "no tokens left": ([Finish("length")], "empty", True, ""),
+}
+NAMES = {
+    "gemini": ("GEMINI_API_KEY", "gemini/gemini-flash-latest"),
+    "openai": ("OPENAI_API_KEY", "openai/gpt-4o"),
+    "anthropic": ("ANTHROPIC_API_KEY", "anthropic/claude-sonnet-4-6"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(chat, server, provider, provider_name, fault):
+    steps, says, allow_retry, kept = FAULTS[fault]
+    chat.say("hello")
+    before = chat.items()
+    provider.script["please"] = [steps]
+    log_start = len(server.log)
+    events = chat.say("please")
+
+    error = error_of(events)
+    assert (error.code, error.allow_retry) == ("custom", allow_retry)
+    assert says in error.message
+    key, model = NAMES[provider_name]
+    assert (key in error.message) == (says == "_API_KEY")
+    assert (model in error.message) == (says == "MODEL")
+    for secret in (*KEYS, SECRET, "http", "Exception", "sk-"):
+        assert secret not in str(events)
+
+    asked, *replies = chat.items()[len(before) :]
+    assert text_of(asked) == "please"
+    assert [text_of(item) for item in replies if item["type"] == "assistant_message"] == [kept] * bool(kept)
+    shown = [event.item.id for event in events if event.type == "thread.item.added"]
+    assert [item["id"] for item in replies] == shown
+
+    assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
+    log = server.log[log_start:]
+    assert len([line for line in log if error.message in line]) == 1, log
+    assert "Traceback" not in "\n".join(log)
+    for key in KEYS:
+        assert key not in "\n".join(server.log)
+
+
+def test_silence(custom_chat, provider):
+    """Before the first token and between two: the connection is closed, the text stays."""
+    for steps, kept in ([Silence()], ""), ([*PARTIAL, Silence()], "The first half"):
+        provider.script["quiet?"] = [steps]
+        events = custom_chat.say("quiet?")
+        error = error_of(events)
+        assert (error.code, error.allow_retry) == ("custom", True) and "timed out" in error.message
+        assert provider.requests[-1].closed.wait(1)
+        assert text_of(custom_chat.items()[-1]) == (kept or "quiet?")
+    assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
+
+
+def test_a_connection_that_is_accepted_and_never_answered(servers, provider, provider_name):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        bases = {"GEMINI_API_BASE": url, "OPENAI_BASE_URL": url, "ANTHROPIC_API_BASE": url}
+        server = servers(f"unanswered_{provider_name}", PROVIDER=provider_name, MODEL_TIMEOUT="1", **bases)
+        assert "timed out" in error_of(Chat(server.url).say("hello?")).message
+    # Nobody listens there any more.
+    error = error_of(Chat(server.url).say("hello?"))
+    assert "unavailable" in error.message and error.allow_retry
+
+
+def test_other_chats_go_on_while_a_web_page_is_no_stream(server, provider):
+    """LiteLLM 1.83 loops for ever over a page in a Gemini stream's place: the server is dead."""
+    provider.script["lost"] = [[Failure("html")]]
+    provider.script["half a chunk"] = [[Text("a"), Raw(b'data: {"candidates": [{"cont')]]
+    chats = {text: Chat(server.url) for text in ("lost", "half a chunk", "fine")}
+    replies = {}
+    threads = [
+        threading.Thread(target=lambda text=text: replies.update({text: chats[text].say(text)})) for text in chats
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert "not understood" in error_of(replies["lost"]).message
+    assert [text_of(item) for item in done(replies["fine"])] == ["You said: fine"]
+
+
+def test_a_reply_may_end_in_silence_after_a_tool(custom_chat, provider):
+    """Claude and Gemini may say nothing more after a tool's output: what came before is the reply."""
+    provider.script["look"] = [[Text("Looking. "), ToolCall("clock")], [Finish()]]
+    events = custom_chat.say("look")
+    assert not [event for event in events if event.type == "error"]
+    assert [text_of(item) for item in done(events)] == ["Looking. "]
+
+
+def test_a_tool_that_does_not_exist(custom_chat, provider):
+    provider.script["act"] = [[ToolCall("no_such_tool")]]
+    error = error_of(custom_chat.say("act"))
+    assert "not understood" in error.message and error.allow_retry
+
+
+def test_a_bug_in_a_tool_is_the_servers_own(custom_chat, customised, provider):
+    provider.script["act"] = [[Text("Let me try. "), ToolCall("broken")]]
+    error = error_of(custom_chat.say("act"))
+    assert (error.code, error.message) == ("stream.error", None)
+    log = customised.wait_for("ZeroDivisionError: a bug in a tool")
+    assert "Traceback" in log
+    assert [text_of(item) for item in custom_chat.items()] == ["act", "Let me try. "]
+    assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
+
+
+def test_a_long_silence_does_not_look_dead(custom_chat, provider):
+    """Proxies cut idle streams: chatkit's progress_update comes after each silent stretch."""
+    silence = Silence()
+    provider.script["think hard"] = [[Text("Well, "), silence, Text("yes.")]]
+    events = []
+    for event in custom_chat.start("think hard"):
+        events.append(event)
+        if [event.type for event in events].count("progress_update") == 2:
+            silence.end.set()
+    assert [event.type for event in events].count("progress_update") >= 2
+    assert [text_of(item) for item in done(events)] == ["Well, yes."]
+    assert [item["type"] for item in custom_chat.items()] == ["user_message", "assistant_message"]
+
+
+def test_silence_is_a_quarter_of_what_proxies_allow():
+    assert "\nSILENCE_SECONDS = 15 " in (ROOT / "backend" / "main.py").read_text()
