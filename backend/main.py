@@ -36,6 +36,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
 
 ROOT_DIR = Path(__file__).resolve().parent.parent
 load_dotenv(ROOT_DIR / ".env")
@@ -45,7 +46,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
 
 import litellm
-from agents import Agent, ModelSettings, Runner
+from agents import Agent, ModelSettings, Runner, RunResultStreaming
 from agents.exceptions import (
     InputGuardrailTripwireTriggered,
     ModelBehaviorError,
@@ -517,12 +518,20 @@ class ProviderModel(LitellmModel):
                     raise
                 raise BrokenReply(error) from error
             finally:
-                await stream.aclose()
+                await asyncio.shield(close(stream))
             finish_reason = stream.received_finish_reason or stream.intermittent_finish_reason
             if finish_reason == "content_filter":
                 raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
             if finish_reason is None:  # LiteLLM takes the end of the body for the end of the reply
                 raise BrokenReply if stream.response_uptil_now else NotAReply
+
+
+async def close(stream: litellm.CustomStreamWrapper) -> None:
+    """Close the provider's connection. Of Anthropic's LiteLLM closes nothing: its lines hold the connection."""
+    lines = getattr(stream.completion_stream, "streaming_response", None)
+    await stream.aclose()
+    if hasattr(lines, "aclose"):
+        await lines.aclose()
 
 
 def finite(make_call):
@@ -576,6 +585,30 @@ class Converter(ThreadItemConverter):
 
     async def tag_to_message_content(self, tag: UserMessageTagContent):
         return {"type": "input_text", "text": f"{tag.text}: {json.dumps({'id': tag.id, **tag.data})}"}
+
+
+class RunEvents:
+    """A run for stream_agent_response, which can be cancelled while it waits for an event.
+
+    chatkit's _merge_generators then forgets the task that waits, and asyncio complains of its
+    outcome ("Task exception was never retrieved"). So this makes the task, and looks at it.
+    """
+
+    def __init__(self, result: RunResultStreaming) -> None:
+        self.result = result
+        self.events = result.stream_events()
+
+    def stream_events(self) -> "RunEvents":
+        return self
+
+    def __anext__(self) -> asyncio.Future:
+        self.next = asyncio.ensure_future(anext(self.events))
+        return self.next
+
+    def cancel(self) -> None:
+        """End the run, or the provider goes on, and is paid, to the end of the reply."""
+        self.next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.result.cancel()
 
 
 class ChatKitServerImpl(ChatKitServer[dict]):
@@ -648,7 +681,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         result = Runner.run_streamed(self.agent, await self.history(thread, context), context=agent_context)
-        events = self.with_unique_ids(stream_agent_response(agent_context, result), thread, context)
+        run = RunEvents(result)
+        events = self.with_unique_ids(stream_agent_response(agent_context, run), thread, context)
         unfinished: dict[str, ThreadItem] = {}
         texts: defaultdict[str, str] = defaultdict(str)
         answered = False
@@ -675,7 +709,7 @@ class ChatKitServerImpl(ChatKitServer[dict]):
                         yield ThreadItemDoneEvent(item=item)
                 raise
             finally:
-                result.cancel()  # or the provider goes on, and is paid, to the end of the reply
+                run.cancel()
                 # chatkit's _merge_generators leaves a queue getter behind; one more event ends it.
                 await agent_context.stream(ProgressUpdateEvent(text=""))
 
@@ -777,10 +811,13 @@ def request_context(request: Request) -> dict:
 async def request_body(request: Request) -> bytes:
     """The body. Raises HTTPException (413) as soon as it is longer than MAX_BODY_BYTES."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
+    except ClientDisconnect:
+        raise HTTPException(400, "The request broke off.") from None
     return bytes(body)
 
 

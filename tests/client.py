@@ -97,6 +97,12 @@ class Server:
             assert text not in log, log
 
 
+def memory(server) -> int:
+    """The process's resident memory in KiB."""
+    with open(f"/proc/{server.process.pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+
 def message(text: str, **more) -> dict:
     content = [{"type": "input_text", "text": text}] if text else []
     return {"content": content, "attachments": [], "inference_options": {}, **more}

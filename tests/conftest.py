@@ -25,6 +25,7 @@ def fresh_script(request):
         provider = request.getfixturevalue("provider")
         provider.script.clear()
         provider.requests.clear()
+        provider.asked.clear()
 
 
 @pytest.fixture(scope="session")

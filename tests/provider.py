@@ -424,6 +424,7 @@ class Provider:
     def __init__(self, answer=echo, per_second: float = 0):
         self.script: dict[str, list[list]] = {}
         self.requests: list[Seen] = []
+        self.asked = threading.Event()
         self.answer = answer
         self.per_second = per_second
         self.keep = True
@@ -445,6 +446,7 @@ class Provider:
         seen = Seen(format, await request.json(), dict(request.headers), str(request.url))
         if self.keep:
             self.requests.append(seen)
+            self.asked.set()
         message = seen.message
         replies = self.script.get(message) or [self.answer(message)]
         steps = replies.pop(0) if len(replies) > 1 else replies[0]

@@ -1,0 +1,134 @@
+"""Clients that leave, many at once, and a server that is told to stop."""
+
+import asyncio
+import signal
+import time
+from itertools import count
+
+import httpx
+import pytest
+from client import Chat, Server, done, memory, message, text_of
+from provider import Pause, Silence, Text, Thought, ToolCall
+
+pytestmark = pytest.mark.anyio
+COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR")
+
+
+def leave_after(chat: Chat, text: str, enough) -> list:
+    """Start a chat and go away at the first event that is enough."""
+    events, stream = [], chat.start(text)
+    for event in stream:
+        events.append(event)
+        if enough(event):
+            break
+    stream.close()
+    return events
+
+
+def shown(events: list) -> str:
+    updates = [event.update for event in events if event.type == "thread.item.updated"]
+    return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
+
+
+async def test_leaving_at_any_event(custom_chat, customised, provider):
+    """The provider's connection is closed within a second, the text shown is stored, the thread goes on."""
+    first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
+    second = [Text("three "), Text("four "), Text("five"), Silence()]
+    with customised.no_new(*COMPLAINTS):
+        for place in range(2, 14):
+            provider.script["go"] = [first, second]
+            provider.requests.clear()
+            chat = Chat(customised.url)
+            events = leave_after(chat, "go", lambda event, places=count(): next(places) == place)
+            assert len(events) == place + 1
+            reader = Chat(customised.url, thread_id=chat.thread_id)
+            # The note of the cancellation is what is stored last.
+            await until(lambda: reader.debug()[-1]["type"] == "SDKHiddenContextItem")
+            assert all(request.closed.wait(1) for request in provider.requests), place
+            stored = [text_of(item) for item in reader.items() if item["type"] == "assistant_message"]
+            assert "".join(stored).startswith(shown(events)), place
+            assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+
+
+async def until(true, seconds: float = 5) -> None:
+    """Poll something over HTTP that tells of no event."""
+    for _ in range(int(seconds / 0.02)):
+        if true():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come true")
+
+
+async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
+    """No token comes, so nothing is sent: the client's leaving must be noticed all the same."""
+    provider.script["quiet"] = [[Silence()]]
+    with server.no_new(*COMPLAINTS):
+        leave_after(chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5))
+        (request,) = provider.requests
+        assert request.closed.wait(1) and not request.complete
+        assert [text_of(item) for item in done(Chat(server.url, thread_id=chat.thread_id).say("on"))] == ["You said: on"]
+
+
+async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
+    """Chats at once; the text that each was sent, or None as soon as one delta has come."""
+
+    async def one(http: httpx.AsyncClient, text: str) -> str:
+        body = {"type": "threads.create", "params": {"input": message(text)}}
+        found = ""
+        async with http.stream("POST", "/chatkit", json=body) as response:
+            async for line in response.aiter_lines():
+                if '"delta":"' in line:
+                    if leave:
+                        return "left"
+                    found += line.split('"delta":"')[1].split('"')[0]
+        return found
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+        return await asyncio.gather(*(one(http, text) for text in texts))
+
+
+async def test_cancelled_streams_leave_nothing_behind(server, provider):
+    endless = [[Text("word "), Silence()]]
+
+    async def cancel(number: int) -> None:
+        texts = [f"cancel {number} {chat}" for chat in range(25)]
+        provider.script.update((text, endless) for text in texts)
+        assert await many(server.url, texts, leave=True) == ["left"] * 25
+        await until(lambda: not provider.open())
+
+    with server.no_new(*COMPLAINTS):
+        for number in range(6):  # until the allocator has what it keeps
+            await cancel(number)
+        before = memory(server)
+        for number in range(6, 12):
+            await cancel(number)
+        grown = memory(server) - before
+        assert await many(server.url, ["still there"]) == ["You said: still there"]
+    print(f"150 cancelled streams: {before} KiB before, {grown} KiB more after")
+    assert grown < 6 * 1024
+    assert not any(request.complete for request in provider.requests[:-1])
+
+
+async def test_two_hundred_chats_at_once(server, provider):
+    texts = [f"chat number {number} of many" for number in range(200)]
+    for text in texts:
+        provider.script[text] = [[Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]]
+    with server.no_new(*COMPLAINTS):
+        assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_told_to_stop(provider, tmp_path, busy):
+    server = Server(tmp_path, {**provider.environment(), "PROVIDER": "openai"}).started()
+    if busy:
+        provider.script["long"] = [[Text("word "), Silence()]]
+        streams = [Chat(server.url).start("long") for _ in range(3)]
+        for stream in streams:
+            next(event for event in stream if "text_delta" in str(event))
+    began = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < (10 if busy else 2)
+    assert not provider.open()
+    for complaint in ("never retrieved", "was destroyed", "Unclosed"):
+        assert complaint not in "\n".join(server.log)

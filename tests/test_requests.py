@@ -1,0 +1,250 @@
+"""Requests that are wrong: a 4xx with a reason, nothing stored, nothing in the log but the access line."""
+
+import json
+import random
+import socket
+import time
+
+import httpx
+import pytest
+from client import ROOT, Chat, done, memory, message, text_of
+from provider import ToolCall
+
+NO_TRACE = ("Traceback", "Exception", "ERROR")
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    """One provider will do: these requests never reach it."""
+    return servers("openai", PROVIDER="openai")
+
+
+@pytest.fixture(scope="module")
+def customised(servers):
+    return servers(
+        "customised_openai",
+        ROOT / "tests" / "customised.py",
+        PROVIDER="openai",
+        MODEL_TIMEOUT="1.5",
+        SILENCE_SECONDS="0.5",
+    )
+
+
+def refused(server, status: int, says: str, **request) -> None:
+    """The request gets this status, a reason that holds `says`, and changes nothing."""
+    before = httpx.get(f"{server.url}/debug/threads").json()
+    with server.no_new(*NO_TRACE):
+        response = httpx.post(f"{server.url}/chatkit", timeout=30, **request)
+        assert response.status_code == status, response.text
+        assert set(response.json()) == {"detail"}
+        assert says in response.json()["detail"], response.text
+        assert len(response.text) < 500
+        after = httpx.get(f"{server.url}/debug/threads").json()
+    assert after == before
+
+
+DEEP = b'{"type": "threads.list", "params": {"after": ' + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "Invalid JSON"),
+        (b"hello", "Invalid JSON"),
+        (b'{"type": "threads.list"', "Invalid JSON"),
+        (b'{"type": "threads.list", "params": {"after": "\xff\xfe"}}', "Invalid JSON"),
+        (b'{"type": "threads.list", "params": {"after": "\\ud800"}}', "Invalid JSON"),
+        (DEEP, "Invalid JSON"),
+        (b"[]", "should be an object"),
+        (b"null", "should be an object"),
+        (b"{}", "type"),
+        (b'{"type": "threads.fly", "params": {}}', "threads.fly"),
+        (b'{"type": "threads.list"}', "params: Field required"),
+        (b'{"type": "threads.create", "params": {}}', "input: Field required"),
+        (b'{"type": "threads.create", "params": {"input": {"content": "hi"}}}', "valid array"),
+        (b'{"type": "threads.list", "params": {"limit": "many"}}', "limit"),
+        (b'{"type": "threads.list", "params": {"limit": -1}}', "limit must be at least 1"),
+        (b'{"type": "threads.list", "params": {"order": "random"}}', "order"),
+        (json.dumps({"type": "threads.create", "params": {"input": message(" ")}}).encode(), "empty"),
+    ],
+    ids=lambda value: value[:40].decode(errors="replace") if isinstance(value, bytes) else "",
+)
+def test_not_a_request(server, body, says):
+    refused(server, 400, says, content=body)
+
+
+@pytest.mark.parametrize(
+    ("type", "params"),
+    [
+        ("threads.get_by_id", {"thread_id": "thr_x"}),
+        ("threads.update", {"thread_id": "thr_x", "title": "t"}),
+        ("threads.delete", {"thread_id": "thr_x"}),
+        ("threads.list", {"after": "thr_x"}),
+        ("items.list", {"thread_id": "thr_x"}),
+        ("items.list", {"thread_id": "THREAD", "after": "msg_x"}),
+        ("items.feedback", {"thread_id": "thr_x", "item_ids": [], "kind": "positive"}),
+        ("items.feedback", {"thread_id": "THREAD", "item_ids": ["msg_x"], "kind": "positive"}),
+        ("threads.add_user_message", {"thread_id": "thr_x", "input": message("hi")}),
+        ("threads.add_user_message", {"thread_id": "THREAD", "input": message("hi", attachments=["atc_x"])}),
+        ("threads.create", {"input": message("hi", attachments=["atc_x"])}),
+        ("threads.add_client_tool_output", {"thread_id": "thr_x", "result": 1}),
+        ("threads.retry_after_item", {"thread_id": "thr_x", "item_id": "msg_x"}),
+        ("threads.retry_after_item", {"thread_id": "THREAD", "item_id": "msg_x"}),
+    ],
+)
+def test_nothing_by_that_id(server, type, params):
+    chat = Chat(server.url)
+    chat.say("hello")
+    params = {name: chat.thread_id if value == "THREAD" else value for name, value in params.items()}
+    missing = next(value for value in ("thr_x", "msg_x", "atc_x") if value in json.dumps(params))
+    refused(server, 404, f"{missing} not found", json={"type": type, "params": params})
+
+
+@pytest.mark.parametrize(
+    ("type", "params", "says"),
+    [
+        ("attachments.create", {"name": "a", "size": 1, "mime_type": "text/plain"}, "Attachments are not configured"),
+        ("attachments.delete", {"attachment_id": "atc_x"}, "Attachments are not configured"),
+        ("threads.add_client_tool_output", {"thread_id": "THREAD", "result": 1}, "No client tool call is pending"),
+        ("threads.custom_action", {"thread_id": "THREAD", "action": {"type": "a", "payload": 1}}, "not supported"),
+        ("threads.retry_after_item", {"thread_id": "THREAD", "item_id": "REPLY"}, "not a user_message"),
+        # chatkit 1.5 and 1.6 know these, 1.4 does not.
+        ("input.transcribe", {"audio_base64": "AAAA", "mime_type": "audio/webm"}, "input.transcribe"),
+        ("threads.sync_custom_action", {"thread_id": "THREAD", "action": {"type": "a"}}, "threads.sync_custom_action"),
+        ("threads.add_structured_input", {"thread_id": "THREAD", "item_id": "REPLY", "input": {}}, "structured_input"),
+    ],
+)
+def test_not_possible_here(server, type, params, says):
+    chat = Chat(server.url)
+    reply = done(chat.say("hello"))[0].id
+    names = {"THREAD": chat.thread_id, "REPLY": reply}
+    params = {name: names.get(str(value), value) for name, value in params.items()}
+    refused(server, 400, says, json={"type": type, "params": params})
+
+
+def test_a_second_output_for_a_client_tool_call(customised, provider):
+    chat = Chat(customised.url)
+    provider.script["colour"] = [[ToolCall("pick_colour", {"hint": "warm"})], []]
+    chat.say("colour")
+    list(chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result="red"))
+    again = {"type": "threads.add_client_tool_output", "params": {"thread_id": chat.thread_id, "result": "blue"}}
+    refused(customised, 400, "No client tool call is pending", json=again)
+    assert chat.items()[1]["output"] == "red"
+
+
+def test_too_long(server):
+    body = json.dumps({"type": "threads.create", "params": {"input": message("x" * 4 * 1024 * 1024)}}).encode()
+    refused(server, 413, "4194304 bytes", content=body)
+    refused(server, 413, "4194304 bytes", content=(body[at : at + 65536] for at in range(0, len(body), 65536)))
+
+
+def test_a_body_that_is_too_long_is_not_held_in_memory(server):
+    before = memory(server)
+    chunks = (b" " * 65536 for _ in range(2048))  # 128 MiB
+    assert httpx.post(f"{server.url}/chatkit", content=chunks, timeout=60).status_code == 413
+    assert memory(server) - before < 32 * 1024
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request(server):
+    with server.no_new("Traceback"):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"POST /chatkit HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        Chat(server.url).say("hello")
+
+
+def test_paging_always_ends(server):
+    chat = Chat(server.url)
+    for text in ("one", "two", "three"):
+        chat.say(text)
+    for limit in (0, 1, 2, 1000, 10**30):
+        seen, after = [], None
+        while True:
+            page = chat.get("items.list", thread_id=chat.thread_id, limit=limit, order="asc", after=after)
+            seen += [item["id"] for item in page["data"]]
+            after = page.get("after")
+            if not page["has_more"]:
+                break
+            assert after == page["data"][-1]["id"]
+        assert seen == [item["id"] for item in chat.items()] and len(seen) == 6
+
+
+def test_a_long_message_is_fine(server):
+    text = "x" * 1_000_000
+    chat = Chat(server.url)
+    assert text_of(done(chat.say(text))[0]) == f"You said: {text}"
+
+
+def mutated(body, chance: random.Random):
+    """The JSON value with something in it changed, removed, added or replaced."""
+    strange = [None, True, 0, -1, 10**400, 1.5, "", "\x00", "thr_x", "ü" * 50, [], {}, [[[]]], {"type": "x"}, "a" * 10_000]
+    if isinstance(body, dict) and body and chance.random() < 0.8:
+        name = chance.choice(list(body))
+        match chance.randrange(4):
+            case 0:
+                return {key: value for key, value in body.items() if key != name}
+            case 1:
+                return {**body, chance.choice(["x", "thread_id", "after", "limit"]): chance.choice(strange)}
+            case _:
+                return {**body, name: mutated(body[name], chance)}
+    if isinstance(body, list) and body and chance.random() < 0.7:
+        return [mutated(body[0], chance), *body[1:]] * chance.choice([1, 1, 3])
+    return chance.choice(strange)
+
+
+def test_fuzz(server):
+    """800 mutated requests from a fixed seed: none is answered with 500 or more, or breaks its stream."""
+    chance = random.Random(20261122)
+    chat = Chat(server.url)
+    reply = done(chat.say("hello"))[0].id
+    asked = chat.items()[0]["id"]
+    thread = {"thread_id": chat.thread_id}
+    action = {"type": "a", "payload": {"b": 1}}
+    seeds = [
+        {"type": "threads.create", "params": {"input": message("hi", quoted_text="q")}},
+        {"type": "threads.add_user_message", "params": {**thread, "input": message("hi")}},
+        {"type": "threads.add_client_tool_output", "params": {**thread, "result": {"a": [1]}}},
+        {"type": "threads.retry_after_item", "params": {**thread, "item_id": asked}},
+        {"type": "threads.custom_action", "params": {**thread, "item_id": reply, "action": action}},
+        {"type": "threads.get_by_id", "params": thread},
+        {"type": "threads.list", "params": {"limit": 2, "order": "asc", "after": chat.thread_id}},
+        {"type": "threads.update", "params": {**thread, "title": "t"}},
+        {"type": "items.list", "params": {**thread, "limit": 2, "order": "desc", "after": reply}},
+        {"type": "items.feedback", "params": {**thread, "item_ids": [reply], "kind": "positive"}},
+        {"type": "attachments.create", "params": {"name": "a", "size": 1, "mime_type": "text/plain"}},
+        {"type": "attachments.delete", "params": {"attachment_id": "atc_x"}},
+    ]
+    counts: dict[int, int] = {}
+    start, began = len(server.log), time.monotonic()
+    for number in range(800):
+        body = seeds[number % len(seeds)]
+        for _ in range(chance.randint(1, 3)):
+            body = mutated(body, chance)
+        content = bytearray(json.dumps(body).encode())
+        if chance.random() < 0.2:
+            for _ in range(chance.randint(1, 5)):
+                content[chance.randrange(len(content))] = chance.randrange(256)
+        response = chat.http.post("/chatkit", content=bytes(content))  # reads the stream to its end
+        counts[response.status_code] = counts.get(response.status_code, 0) + 1
+        assert response.status_code in (200, 400, 404), (content[:500], response.text)
+        if response.status_code != 200:
+            assert isinstance(response.json()["detail"], str)
+    print(f"fuzz: {counts} in {time.monotonic() - began:.1f} s")
+    assert counts[400] > 200 and counts[200] > 20
+    assert "Traceback" not in "\n".join(server.log[start:])
+
+
+def test_health_and_pages_from_elsewhere(server):
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    preflight = httpx.options(
+        f"{server.url}/chatkit",
+        headers={"Origin": "https://example.com", "Access-Control-Request-Method": "POST"},
+    )
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] in ("*", "https://example.com")
+
+
+def test_the_stream_is_not_held_back_by_proxies(server):
+    body = {"type": "threads.create", "params": {"input": message("hi")}}
+    response = httpx.post(f"{server.url}/chatkit", json=body)
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
