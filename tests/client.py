@@ -1,5 +1,6 @@
 """What the tests drive the server with: its process, and a small ChatKit client."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,23 @@ from pydantic import TypeAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
+
+
+def load_main(folder: Path):
+    """main.py as a module of this process: a copy, with no .env beside it, and PROVIDER=mock."""
+    (folder / "backend").mkdir(parents=True)
+    path = shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py")
+    spec = importlib.util.spec_from_file_location("main", path)
+    module = importlib.util.module_from_spec(spec)
+    environment = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update({"PATH": environment["PATH"], "HOME": str(folder), "PROVIDER": "mock"})
+        spec.loader.exec_module(module)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return module
 
 
 def free_port() -> int:

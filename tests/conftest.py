@@ -1,15 +1,29 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from client import ROOT, Chat, Server
+from client import ROOT, Chat, Server, load_main
 from provider import Provider
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--store",
+        metavar="package.module:factory",
+        help="run the contract of tests/test_store.py on the Store that factory() makes, and on no other",
+    )
+
+
 @pytest.fixture(scope="session")
 def anyio_backend():
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def main(tmp_path_factory):
+    """main.py as a module, for what can be tested without a process."""
+    return load_main(tmp_path_factory.mktemp("main"))
 
 
 @pytest.fixture(scope="session")

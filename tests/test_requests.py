@@ -217,7 +217,7 @@ def test_fuzz(server):
     start, began = len(server.log), time.monotonic()
     for number in range(800):
         body = seeds[number % len(seeds)]
-        for _ in range(chance.randint(1, 3)):
+        for _ in range(chance.randint(0, 2)):
             body = mutated(body, chance)
         content = bytearray(json.dumps(body).encode())
         if chance.random() < 0.2:
@@ -229,7 +229,7 @@ def test_fuzz(server):
         if response.status_code != 200:
             assert isinstance(response.json()["detail"], str)
     print(f"fuzz: {counts} in {time.monotonic() - began:.1f} s")
-    assert counts[400] > 200 and counts[200] > 20
+    assert min(counts[200], counts[400]) > 100
     assert "Traceback" not in "\n".join(server.log[start:])
 
 

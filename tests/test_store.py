@@ -1,0 +1,329 @@
+"""chatkit's Store contract, as main.py keeps it, for MemoryStore and for yours:
+
+    pytest tests/test_store.py --store package.module:factory
+
+`factory()` returns a new, empty Store; it is called once per test. The context is {} or
+{"user_id": ...}. What each test asks is said in its name and docstring.
+"""
+
+import importlib
+import random
+from datetime import datetime, timedelta
+
+import pytest
+from chatkit.store import NotFoundError
+from chatkit.types import (
+    Annotation,
+    AssistantMessageContent,
+    AssistantMessageItem,
+    ClientToolCallItem,
+    CustomTask,
+    EndOfTurnItem,
+    FileAttachment,
+    HiddenContextItem,
+    InferenceOptions,
+    Page,
+    SDKHiddenContextItem,
+    TaskItem,
+    Thread,
+    ThoughtTask,
+    ThreadMetadata,
+    URLSource,
+    UserMessageItem,
+    UserMessageTagContent,
+    UserMessageTextContent,
+    WidgetItem,
+    Workflow,
+    WorkflowItem,
+)
+from chatkit.widgets import Card, Text
+from sqlite_store import SQLiteStore
+
+pytestmark = pytest.mark.anyio
+NOW = datetime(2026, 1, 1, 12, 0, 0, 123456)
+ALICE, BOB = {"user_id": "alice"}, {"user_id": "bob"}
+
+
+def pytest_generate_tests(metafunc):
+    if "store" in metafunc.fixturenames:
+        theirs = metafunc.config.getoption("--store")
+        metafunc.parametrize("store", [theirs] if theirs else ["memory", "sqlite"], indirect=True)
+
+
+@pytest.fixture
+def store(request, tmp_path):
+    if request.param == "memory":
+        return request.getfixturevalue("main").MemoryStore()
+    if request.param == "sqlite":
+        return SQLiteStore(str(tmp_path / "chat.sqlite"))
+    module, _, factory = request.param.partition(":")
+    return getattr(importlib.import_module(module), factory)()
+
+
+def thread(id: str, **more) -> ThreadMetadata:
+    return ThreadMetadata(id=id, created_at=NOW, **more)
+
+
+def item(id: str, text: str = "hello", thread_id: str = "thr_1", created_at: datetime = NOW) -> AssistantMessageItem:
+    content = [AssistantMessageContent(text=text)]
+    return AssistantMessageItem(id=id, thread_id=thread_id, created_at=created_at, content=content)
+
+
+async def filled(store, count: int, context: dict = {}):
+    """A thread thr_1 with items msg_0 … of one and the same timestamp."""
+    await store.save_thread(thread("thr_1"), context)
+    for number in range(count):
+        await store.add_thread_item("thr_1", item(f"msg_{number}"), context)
+
+
+async def items(store, order: str = "asc", limit: int = 1000, context: dict = {}) -> list[str]:
+    return [row.id for row in (await store.load_thread_items("thr_1", None, limit, order, context)).data]
+
+
+async def test_a_thread_comes_back_as_it_was_saved(store):
+    saved = thread("thr_1", title="ünïcode \U0001f600", metadata={"a": [1, None, {"b": 1.5}]})
+    await store.save_thread(saved, {})
+    assert await store.load_thread("thr_1", {}) == saved
+
+
+async def test_saving_again_replaces_the_thread_where_it_stands(store):
+    for number in range(3):
+        await store.save_thread(thread(f"thr_{number}"), {})
+    await store.save_thread(thread("thr_1", title="new"), {})
+    page = await store.load_threads(10, None, "asc", {})
+    assert [(row.id, row.title) for row in page.data] == [("thr_0", None), ("thr_1", "new"), ("thr_2", None)]
+
+
+async def test_a_whole_thread_is_saved_without_its_items(store):
+    """chatkit's own save_thread calls hand over a Thread, items and all."""
+    await store.save_thread(Thread(id="thr_1", created_at=NOW, items=Page(data=[item("msg_x")])), {})
+    loaded = await store.load_thread("thr_1", {})
+    assert type(loaded) is ThreadMetadata and loaded == thread("thr_1")
+    assert await items(store) == []
+
+
+async def test_every_kind_of_item_comes_back_as_it_was_added(store):
+    base = {"thread_id": "thr_1", "created_at": NOW}
+    attachment = FileAttachment(id="atc_1", name="a.txt", mime_type="text/plain")
+    tag = UserMessageTagContent(type="input_tag", id="t", text="tag", data={"k": [1]})
+    kinds = [
+        UserMessageItem(
+            id="1",
+            content=[UserMessageTextContent(text="hi"), tag],
+            attachments=[attachment],
+            quoted_text="q",
+            inference_options=InferenceOptions(model="m"),
+            **base,
+        ),
+        AssistantMessageItem(
+            id="2",
+            content=[
+                AssistantMessageContent(
+                    text="see", annotations=[Annotation(source=URLSource(url="http://x", title="x"), index=1)]
+                )
+            ],
+            **base,
+        ),
+        ClientToolCallItem(id="3", call_id="c", name="n", arguments={"a": 1}, output=[1, {"b": None}], **base),
+        WidgetItem(id="4", widget=Card(children=[Text(id="t", value="v", streaming=False)]), copy_text="c", **base),
+        WorkflowItem(id="5", workflow=Workflow(type="reasoning", tasks=[ThoughtTask(content="hm")]), **base),
+        TaskItem(id="6", task=CustomTask(title="t", content="c"), **base),
+        HiddenContextItem(id="7", content={"any": ["thing", 1, None]}, **base),
+        SDKHiddenContextItem(id="8", content="hidden", **base),
+        EndOfTurnItem(id="9", **base),
+    ]
+    await store.save_thread(thread("thr_1"), {})
+    for kind in kinds:
+        await store.add_thread_item("thr_1", kind, {})
+    assert (await store.load_thread_items("thr_1", None, 100, "asc", {})).data == kinds
+    for kind in kinds:
+        assert await store.load_item("thr_1", kind.id, {}) == kind
+
+
+async def test_what_is_missing_is_not_found(store):
+    await filled(store, 1)
+    for call, id in (
+        (store.load_thread("thr_9", {}), "Thread thr_9"),
+        (store.load_item("thr_1", "msg_9", {}), "Item msg_9"),
+        (store.add_thread_item("thr_9", item("msg_1"), {}), "Thread thr_9"),
+        (store.save_item("thr_9", item("msg_1"), {}), "Thread thr_9"),
+        (store.load_attachment("atc_9", {}), "Attachment atc_9"),
+        (store.load_threads(5, "thr_9", "desc", {}), "Thread thr_9"),
+        (store.load_thread_items("thr_1", "msg_9", 5, "asc", {}), "Item msg_9"),
+        (store.load_thread_items("thr_1", "msg_9", 5, "desc", {}), "Item msg_9"),
+    ):
+        with pytest.raises(NotFoundError, match=f"^{id} not found$"):
+            await call
+    with pytest.raises(NotFoundError):
+        await store.load_item("thr_9", "msg_0", {})
+    assert (await store.load_thread_items("thr_9", None, 5, "asc", {})).data == []
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 10, 23])
+async def test_pages_show_every_row_once(store, order, count):
+    """A page's `after` is its last row's id while there are more, and empty on the last page."""
+    await filled(store, count)
+    for number in range(count):
+        await store.save_thread(thread(f"thr_1{number:03}"), {})
+    ids = [f"msg_{number}" for number in range(count)]
+    threads = ["thr_1"] + [f"thr_1{number:03}" for number in range(count)]
+
+    async def walk(load, expected):
+        if order == "desc":
+            expected = expected[::-1]
+        seen, after = [], None
+        while True:
+            page = await load(after)
+            assert len(page.data) <= 5
+            seen += [row.id for row in page.data]
+            assert page.has_more == (len(seen) < len(expected))
+            assert page.after == (page.data[-1].id if page.has_more else None)
+            if not page.has_more:
+                break
+            after = page.after
+        assert seen == expected
+
+    await walk(lambda after: store.load_thread_items("thr_1", after, 5, order, {}), ids)
+    await walk(lambda after: store.load_threads(5, after, order, {}), threads)
+
+
+async def test_order_is_that_of_adding_whatever_the_timestamps(store):
+    await store.save_thread(thread("thr_1"), {})
+    for number in range(10):
+        early = item(f"msg_{9 - number}", created_at=NOW + timedelta(seconds=number % 3))
+        await store.add_thread_item("thr_1", early, {})
+    assert await items(store) == [f"msg_{9 - number}" for number in range(10)]
+    assert await items(store, "desc") == [f"msg_{number}" for number in range(10)]
+
+
+async def test_adding_or_saving_a_known_id_replaces_it_where_it_stands(store):
+    await filled(store, 3)
+    await store.add_thread_item("thr_1", item("msg_1", "added again"), {})
+    assert (await store.load_item("thr_1", "msg_1", {})).content[0].text == "added again"
+    await store.save_item("thr_1", item("msg_1", "saved again"), {})
+    assert (await store.load_item("thr_1", "msg_1", {})).content[0].text == "saved again"
+    await store.save_item("thr_1", item("msg_3", "saved first"), {})
+    assert await items(store) == ["msg_0", "msg_1", "msg_2", "msg_3"]
+
+
+async def test_nothing_is_shared_with_the_caller(store):
+    """Changing what went in or came out changes nothing that is stored."""
+    given, row = thread("thr_1", metadata={"a": [1]}), item("msg_1")
+    await store.save_thread(given, {})
+    await store.add_thread_item("thr_1", row, {})
+    attachment = FileAttachment(id="atc_1", name="a", mime_type="text/plain")
+    await store.save_attachment(attachment, {})
+    before = [
+        given.model_copy(deep=True),
+        row.model_copy(deep=True),
+        attachment.model_copy(deep=True),
+    ]
+    for _ in range(2):
+        taken = [
+            given,
+            await store.load_thread("thr_1", {}),
+            (await store.load_threads(1, None, "asc", {})).data[0],
+        ]
+        for value in taken:
+            value.title = "changed"
+            value.metadata["a"].append(2)
+        for value in (
+            row,
+            await store.load_item("thr_1", "msg_1", {}),
+            (await store.load_thread_items("thr_1", None, 1, "asc", {})).data[0],
+        ):
+            value.content[0].text = "changed"
+            value.content.append(AssistantMessageContent(text="more"))
+        for value in (attachment, await store.load_attachment("atc_1", {})):
+            value.name = "changed"
+        (await store.load_thread_items("thr_1", None, 1, "asc", {})).data.clear()
+        (await store.load_threads(1, None, "asc", {})).data.clear()
+        assert [
+            await store.load_thread("thr_1", {}),
+            await store.load_item("thr_1", "msg_1", {}),
+            await store.load_attachment("atc_1", {}),
+        ] == before
+        assert await items(store) == ["msg_1"]
+
+
+async def test_deleting_twice_is_as_good_as_once(store):
+    await filled(store, 3)
+    await store.save_thread(thread("thr_2"), {})
+    await store.save_attachment(FileAttachment(id="atc_1", name="a", mime_type="text/plain"), {})
+    for _ in range(2):
+        await store.delete_thread_item("thr_1", "msg_1", {})
+        await store.delete_thread_item("thr_9", "msg_1", {})
+        await store.delete_attachment("atc_1", {})
+    assert await items(store) == ["msg_0", "msg_2"]
+    with pytest.raises(NotFoundError):
+        await store.load_thread_items("thr_1", "msg_1", 5, "asc", {})
+    with pytest.raises(NotFoundError):
+        await store.load_attachment("atc_1", {})
+    for _ in range(2):
+        await store.delete_thread("thr_1", {})
+    with pytest.raises(NotFoundError):
+        await store.load_thread("thr_1", {})
+    assert [row.id for row in (await store.load_threads(5, None, "asc", {})).data] == ["thr_2"]
+    await store.save_thread(thread("thr_1"), {})
+    assert await items(store) == []
+
+
+async def test_each_user_sees_their_own_rows_only(store):
+    await filled(store, 2, ALICE)
+    await store.save_attachment(FileAttachment(id="atc_1", name="a", mime_type="text/plain"), ALICE)
+    for other in (BOB, {}):
+        for call in (
+            store.load_thread("thr_1", other),
+            store.save_thread(thread("thr_1", title="mine now"), other),
+            store.load_item("thr_1", "msg_0", other),
+            store.add_thread_item("thr_1", item("msg_9"), other),
+            store.save_item("thr_1", item("msg_0", "changed"), other),
+            store.load_attachment("atc_1", other),
+            store.load_threads(5, "thr_1", "asc", other),
+        ):
+            with pytest.raises(NotFoundError):
+                await call
+        assert (await store.load_threads(5, None, "asc", other)).data == []
+        assert (await store.load_thread_items("thr_1", None, 5, "asc", other)).data == []
+        await store.delete_thread_item("thr_1", "msg_0", other)
+        await store.delete_thread("thr_1", other)
+        await store.delete_attachment("atc_1", other)
+    assert await items(store, context=ALICE) == ["msg_0", "msg_1"]
+    assert (await store.load_thread("thr_1", ALICE)).title is None
+    assert (await store.load_attachment("atc_1", ALICE)).name == "a"
+
+
+async def test_ids_have_chatkits_prefixes_and_do_not_repeat(store):
+    here = thread("thr_1")
+    prefixes = {"message": "msg_", "tool_call": "tc_", "workflow": "wf_", "task": "tsk_", "attachment": "atc_"}
+    for kind, prefix in {**prefixes, "sdk_hidden_context": "shcx_"}.items():
+        ids = {store.generate_item_id(kind, here, {}) for _ in range(100)}
+        assert len(ids) == 100 and all(id.startswith(prefix) for id in ids)
+    assert store.generate_thread_id({}).startswith("thr_")
+
+
+async def test_a_thousand_steps_at_random(store):
+    """Adds, replacements, deletions and pages, compared with a plain list."""
+    chance = random.Random(7)
+    await store.save_thread(thread("thr_1"), {})
+    expected: dict[str, str] = {}
+    for step in range(1000):
+        id = f"msg_{chance.randrange(60)}"
+        match chance.randrange(4):
+            case 0 | 1:
+                expected[id] = f"text {step}"
+                await store.add_thread_item("thr_1", item(id, expected[id]), {})
+            case 2:
+                expected.pop(id, None)
+                await store.delete_thread_item("thr_1", id, {})
+            case _:
+                rows = list(expected.items())
+                order = chance.choice(["asc", "desc"])
+                if order == "desc":
+                    rows.reverse()
+                start = chance.randrange(len(rows) + 1)
+                after = rows[start - 1][0] if start else None
+                page = await store.load_thread_items("thr_1", after, 7, order, {})
+                assert [(row.id, row.content[0].text) for row in page.data] == rows[start : start + 7]
+                assert page.has_more == (start + 7 < len(rows))
