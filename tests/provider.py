@@ -518,8 +518,17 @@ class Provider:
         self.thread.join(10)
 
 
+class Now(Text):
+    """A text delta that holds the time at which it is sent, in seconds."""
+
+    text = property(lambda self: f"{time.time():.6f} ")
+
+    def __init__(self):
+        pass
+
+
 if __name__ == "__main__":
     port, deltas, per_second = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    provider = Provider(lambda _: [Text(f"word{number} ") for number in range(deltas)], per_second)
+    provider = Provider(lambda _: [Now()] * deltas, per_second)
     provider.keep = False
     uvicorn.run(provider.app, host="127.0.0.1", port=port, log_level="critical", lifespan="off")
