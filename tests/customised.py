@@ -5,6 +5,7 @@ the scripts in the tests call.
 """
 
 import asyncio
+import gc
 import os
 
 import uvicorn
@@ -78,6 +79,13 @@ main.server.agent.tools += [clock, pick_colour, show_card, broken, slow]
 main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
 main.server.agent.output_guardrails.append(no_secrets)
 main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
+
+
+@main.app.get("/collect")
+async def collect():
+    """Collect the garbage, so that what asyncio has to complain of comes into the log."""
+    return gc.collect()
+
 
 if __name__ == "__main__":
     uvicorn.run(main.app, host=main.HOST, port=main.PORT)

@@ -1,0 +1,58 @@
+"""The README's commands and what it says of names and files."""
+
+import json
+import re
+import shlex
+
+import httpx
+from client import EVENT, ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def shape(value):
+    """A JSON value with its texts, ids and times left out."""
+    if isinstance(value, dict):
+        return {name: value[name] if name in ("type", "allow_cancel") else shape(value[name]) for name in value}
+    return [shape(part) for part in value] if isinstance(value, list) else type(value).__name__
+
+
+def test_the_curl_answers_as_shown(servers):
+    server = servers("mock", PROVIDER="mock")
+    command, output = re.search(r"\$ (curl .*?)\n(.*?)```", README, re.S).groups()
+    words = shlex.split(command)
+    url = next(word for word in words if word.startswith("localhost:8000")).replace("localhost:8000", server.url)
+    response = httpx.post(url, content=words[words.index("-d") + 1])
+    assert response.status_code == 200
+    answered = [json.loads(line[6:]) for line in response.text.splitlines() if line]
+    for event in answered:
+        EVENT.validate_python(event)
+    assert response.text.startswith("data: ") and response.text.endswith("\n\n")
+    position = 0
+    for line in filter(None, output.splitlines()):
+        if line == "...":
+            continue
+        wanted = shape(json.loads(line.removeprefix("data: ")))
+        shapes = [shape(event) for event in answered[position:]]
+        assert wanted in shapes, wanted
+        position += shapes.index(wanted) + 1
+
+
+def test_every_workaround_has_its_test():
+    table = README.split("## Workarounds")[1].split("\n## ")[0]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    code = (ROOT / "backend" / "main.py").read_text()
+    rows = re.findall(r"^\| (?!library|-)(.+?) \| (.+?) \| (.+?) \|$", table, re.M)
+    assert len(rows) > 10
+    for fault, place, test in rows:
+        assert (name := re.search(r"`(\w+)", place)) and name[1] in code, place
+        if "make bench" not in test:
+            assert f"def {re.search(r'`(test_[a-z_0-9]+)', test)[1]}(" in tests, test
+
+
+def test_what_it_names_is_there():
+    for path in re.findall(r"`((?:backend|tests)/[\w./]+)`", README):
+        assert (ROOT / path).exists() or path == "backend/.venv", path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M) or target in ("and", "each", "it"), target

@@ -1,0 +1,192 @@
+"""Settings, starts that must not happen, keys, models, and the template's five boxes."""
+
+import re
+import subprocess
+from datetime import date
+
+import httpx
+import pytest
+from client import ROOT, Chat, Server, done, error_of, free_port, text_of
+
+
+def refused_start(tmp_path, **environment) -> str:
+    """The whole output of a server that does not start."""
+    server = Server(tmp_path, environment)
+    assert server.process.wait(60) not in (0, None)
+    server.reader.join(10)
+    return "\n".join(server.log[:-1])
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"PROVIDER": "gemni"}, "PROVIDER='gemni'"),
+        ({"PROVIDER": "groq"}, "set MODEL"),
+        ({"PROVIDER": "mock", "PORT": "http"}, "PORT='http'"),
+        ({"PROVIDER": "mock", "PORT": "99999"}, "PORT='99999'"),
+        ({"PROVIDER": "mock", "MODEL_TIMEOUT": "-1"}, "MODEL_TIMEOUT='-1'"),
+        ({"PROVIDER": "mock", "CHATKIT_TOKENS": "alice"}, "CHATKIT_TOKENS"),
+        ({"PROVIDER": "mock", "CHATKIT_TOKENS": "alice:a,bob:a"}, "CHATKIT_TOKENS"),
+        ({"PROVIDER": "mock", "CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
+    ],
+    ids=str,
+)
+def test_an_unusable_setting_stops_the_start_with_one_line(tmp_path, environment, says):
+    output = refused_start(tmp_path, **environment)
+    assert says in output
+    assert len(output.splitlines()) == 1, output
+    assert "Traceback" not in output and "alice:" not in output
+
+
+@pytest.fixture(scope="module")
+def bare(servers):
+    """No key, no .env, blank variables as docker compose leaves them, and a host's WEB_CONCURRENCY."""
+    blank = {name: "" for name in ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "MODEL")}
+    return servers("bare", **blank, WEB_CONCURRENCY="4", CHATKIT_TOKENS="")
+
+
+def test_without_a_key_the_provider_is_never_called(bare, provider):
+    chat = Chat(bare.url)
+    error = error_of(chat.say("hello"))
+    assert (error.code, error.allow_retry) == ("custom", False)
+    assert "GEMINI_API_KEY" in error.message and "PROVIDER=mock" in error.message
+    assert [text_of(item) for item in chat.items()] == ["hello"]
+    assert provider.requests == []
+
+
+def test_the_log_of_a_start(bare):
+    log = "\n".join(bare.log)
+    assert log.count("GEMINI_API_KEY is not set") == 1
+    assert log.count("anyone who can reach this port can read every thread") == 1
+    assert log.count("Started server process") == 1
+    for noise in ("Traceback", "OUTSIDE", "Give Feedback", "Provider List", "tracing"):
+        assert noise not in log
+
+
+def test_mock_needs_neither_key_nor_network(servers, provider):
+    server = servers("mock", PROVIDER="mock")
+    chat = Chat(server.url)
+    for _ in range(2):
+        (reply,) = done(chat.say("hello"))
+        assert "PROVIDER=mock" in text_of(reply)
+    assert len(chat.items()) == 4 and provider.requests == []
+
+
+def test_the_environment_wins_over_the_env_file(tmp_path, provider):
+    port, other = free_port(), free_port()
+    (tmp_path / ".env").write_text(f"PROVIDER=mock\nPORT={port}\nMODEL=\n")
+    server = Server(tmp_path, {"PORT": str(other)}).started()
+    assert httpx.get(f"http://127.0.0.1:{other}/health").json() == {"status": "ok"}
+    assert "PROVIDER=mock" in "\n".join(server.log)
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "openai/gpt-4o-mini"])
+def test_a_model_with_or_without_its_prefix(main, model):
+    assert main.litellm_name("openai", model) == "openai/gpt-4o-mini"
+
+
+def test_a_provider_with_slashes_in_its_models(main):
+    assert main.litellm_name("openrouter", "anthropic/claude-x") == "openrouter/anthropic/claude-x"
+
+
+def test_the_default_models_are_alive(main):
+    """In LiteLLM's own map, and not past its deprecation date."""
+    for provider in ("gemini", "openai", "anthropic"):
+        name = main.litellm_name(provider, "auto")
+        entry = main.litellm.model_cost.get(name) or main.litellm.model_cost[name.partition("/")[2]]
+        assert entry["litellm_provider"] == provider
+        assert entry.get("deprecation_date", "9999") > date.today().isoformat()
+        assert entry.get("supports_system_messages", True)
+
+
+def names_and_defaults(text: str, pattern: str) -> dict[str, str]:
+    return {name: default for name, default in re.findall(pattern, text, re.M)}
+
+
+def test_readme_example_and_code_name_the_same_settings():
+    code = (ROOT / "backend" / "main.py").read_text()
+    from_code = names_and_defaults(code, r'(?:setting|number)\("([A-Z_]+)", "([^"]*)"')
+    keys = dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"), "")
+    assert names_and_defaults((ROOT / ".env.example").read_text(), r"^([A-Z_]+)=(.*)$") == from_code | keys
+    readme = (ROOT / "README.md").read_text()
+    assert names_and_defaults(readme, r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? *\|") == from_code | keys
+    for name in from_code | keys:
+        assert name in code.split('"""')[1], f"{name} is not in the docstring"
+
+
+def requirement_lines(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().split()
+    assert all("==" in line for line in lines), name
+    return {line.split("==")[0].split("[")[0].lower().replace("_", "-"): line.split("==")[1] for line in lines}
+
+
+def test_requirements_and_constraints_agree():
+    constraints = requirement_lines("backend/constraints.txt")
+    wanted = requirement_lines("backend/requirements.txt") | requirement_lines("tests/requirements.txt")
+    assert wanted.items() <= constraints.items()
+    assert constraints.keys() >= {"openai", "pydantic", "starlette", "anyio"}
+
+
+def test_the_requirements_satisfy_the_template():
+    wanted = requirement_lines("backend/requirements.txt")
+    assert (wanted["fastapi"], wanted["uvicorn"], wanted["python-dotenv"]) == ("0.115.6", "0.32.1", "1.0.1")
+    numbers = {name: tuple(map(int, number.split("."))) for name, number in wanted.items()}
+    assert numbers["openai-chatkit"] <= (1, 4, 0) and numbers["openai-agents"] >= (0, 6, 2)
+    assert set(wanted) == {"fastapi", "uvicorn", "openai-chatkit", "openai-agents", "litellm", "python-dotenv"}
+
+
+def test_main_can_be_served_by_uvicorn(tmp_path):
+    """`uvicorn main:app --app-dir backend`, from another folder."""
+    program = tmp_path / "serve.py"
+    program.write_text(
+        "import os, sys, uvicorn\n"
+        f"sys.argv = ['uvicorn', 'main:app', '--app-dir', {str(tmp_path / 'backend')!r}, '--port', os.environ['PORT']]\n"
+        "uvicorn.main()\n"
+    )
+    server = Server(tmp_path, {"PROVIDER": "mock"}, program).started()
+    chat = Chat(server.url)
+    assert done(chat.say("hello"))
+    server.stop()
+
+
+# ---- The template's five boxes --------------------------------------------------
+
+
+def test_box_1_starts_without_import_errors(server):
+    assert "Error" not in "\n".join(server.log[:5])
+
+
+def test_box_2_health_returns_200(server):
+    response = httpx.get(f"{server.url}/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_box_3_chatkit_accepts_post(chat):
+    assert chat.get("threads.list")["data"] is not None
+    assert chat.http.get("/chatkit").status_code == 405
+
+
+def test_box_4_messages_do_not_overwrite_each_other(chat):
+    for text in ("one", "two"):
+        chat.say(text)
+    state = chat.http.get("/debug/threads").json()[chat.thread_id]
+    assert state["count"] == 4 and len({item["id"] for item in state["items"]}) == 4
+    assert [(item["type"], item["content"]) for item in state["items"]] == [
+        ("UserMessageItem", ["one"]),
+        ("AssistantMessageItem", ["You said: one"]),
+        ("UserMessageItem", ["two"]),
+        ("AssistantMessageItem", ["You said: two"]),
+    ]
+
+
+def test_box_5_the_agent_remembers(chat, provider):
+    chat.say("My name is Ada.")
+    chat.say("What is my name?")
+    assert ("user", "My name is Ada.") in provider.requests[-1].messages
+
+
+def test_make_help_lists_the_targets():
+    output = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
+    for target in ("venv", "run", "test", "test-latest", "bench", "lock", "clean"):
+        assert re.search(rf"^{target}\b", output, re.M), output

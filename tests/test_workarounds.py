@@ -1,0 +1,84 @@
+"""Faults of the libraries that main.py works around, each test named after its fault.
+
+The others stand where the behaviour is tested; README.md, "Workarounds", has the whole list.
+"""
+
+import asyncio
+import re
+
+import httpx
+import pytest
+from agents import ModelSettings, ModelTracing
+from client import Chat, error_of
+from provider import Failure, Silence, Text
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_fast_reply_does_not_block_others(main):
+    """LiteLLM hands over buffered chunks without ever giving way to the event loop."""
+
+    class Buffered:
+        completion_stream, received_finish_reason = None, "stop"
+
+        async def __anext__(self):
+            if turns.pop() is None:
+                raise StopAsyncIteration
+            return "chunk"
+
+        async def aclose(self):
+            pass
+
+    async def other() -> None:
+        for _ in range(100):
+            order.append("other")
+            await asyncio.sleep(0)
+
+    turns, order = [None, *range(100)], []
+    task = asyncio.create_task(other())
+    async for chunk in main.ProviderModel(model="openai/x")._chunks(Buffered()):
+        order.append(chunk)
+    await task
+    assert len(order) == 200
+    assert order.index("other") < 5
+    assert order[100:].count("chunk") > 25
+
+
+@pytest.mark.parametrize("name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"])
+async def test_leaving_between_two_chunks(main, provider, name):
+    """Of Anthropic's streams LiteLLM closes nothing when they are abandoned while no chunk is awaited."""
+    kind = name.partition("/")[0]
+    provider.script["go"] = [[Text("one "), Text("two "), Silence()]]
+    model = main.ProviderModel(model=name, base_url=f"{provider.url}/{kind}", api_key="key")
+    events = model.stream_response(
+        None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
+    )
+    async for event in events:
+        if event.type == "response.output_text.delta":
+            break
+    await events.aclose()
+    (request,) = provider.requests
+    assert await asyncio.to_thread(request.closed.wait, 1)
+
+
+async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
+    """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
+    provider.script["fail"] = [[Failure("rate")]]
+    with customised.no_new("was destroyed"):
+        for _ in range(5):
+            error_of(custom_chat.say("fail"))
+        assert httpx.get(f"{customised.url}/collect").status_code == 200
+        assert "was destroyed" not in "\n".join(customised.log)
+
+
+async def test_ids_have_128_bits(main):
+    store = main.MemoryStore()
+    thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
+    for id in (store.generate_thread_id({}), store.generate_item_id("message", thread, {})):
+        assert re.fullmatch(r"(thr|msg)_[0-9a-f]{32}", id)
+
+
+async def test_nothing_is_left_of_an_uncollected_run(customised, provider):
+    """After all of the above no request is open at the provider."""
+    assert Chat(customised.url).say("hello")
+    assert not provider.open()
