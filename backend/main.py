@@ -30,35 +30,10 @@ from importlib.metadata import version
 from itertools import dropwhile
 from pathlib import Path
 
-import anyio
 from dotenv import load_dotenv
-from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from starlette.requests import ClientDisconnect
 
 ROOT_DIR = Path(__file__).resolve().parent.parent
 load_dotenv(ROOT_DIR / ".env")
-# Read by the imports below: LiteLLM fetches its price map from the internet, and openai-agents uploads
-# traces of prompts and replies to OpenAI, only where the environment asks for it.
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
-
-import litellm
-from agents import Agent, ModelBehaviorError, ModelRefusalError, ModelSettings, Runner, RunResultStreaming
-from agents import InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
-from agents.extensions.models.litellm_model import LitellmModel
-from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
-from chatkit.errors import CustomStreamError, ErrorCode
-from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
-from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
-from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, ErrorEvent, Page,
-    ProgressUpdateEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent,
-    ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem,
-    UserMessageTagContent, WorkflowItem, is_streaming_req,
-)  # fmt: skip
 
 # ---- Settings --------------------------------------------------------------------------------------------
 
@@ -102,6 +77,33 @@ ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").
 TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))
 
 logger = logging.getLogger("uvicorn.error")  # the one that uvicorn shows
+
+# ---- Libraries -------------------------------------------------------------------------------------------
+# Imported after the settings: they take seconds, and they read these two from the environment. LiteLLM fetches
+# its price map from the internet, and openai-agents uploads traces of prompts and replies to OpenAI, unless told.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
+
+import anyio
+import litellm
+from agents import Agent, ModelBehaviorError, ModelRefusalError, ModelSettings, Runner, RunResultStreaming
+from agents import InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
+from agents.extensions.models.litellm_model import LitellmModel
+from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
+from chatkit.errors import CustomStreamError, ErrorCode
+from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
+from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
+from chatkit.types import (
+    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, ErrorEvent, Page,
+    ProgressUpdateEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent,
+    ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem,
+    UserMessageTagContent, WorkflowItem, is_streaming_req,
+)  # fmt: skip
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
 
 # ---- Store -----------------------------------------------------------------------------------------------
 

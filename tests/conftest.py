@@ -42,27 +42,61 @@ def fresh_script(request):
         provider.asked.clear()
 
 
-@pytest.fixture(scope="session")
-def servers(provider, tmp_path_factory):
-    """start(name, program=None, **environment): a server, one for the whole session."""
-    running: dict[str, Server] = {}
+TESTS = ROOT / "tests"
+USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
+SERVERS = {  # name: the environment of a server that tests share, one for the whole session
+    **{name: {"PROVIDER": name} for name in PROVIDERS},
+    **{
+        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.5"}
+        for name in PROVIDERS
+    },
+    "users": {
+        "PROVIDER": "openai",
+        "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
+        "ALLOWED_ORIGINS": "https://app.example, https://other.example",
+    },
+    # Blank variables as docker compose leaves them, and a hosting platform's WEB_CONCURRENCY.
+    "no_key": dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), "")
+    | {"WEB_CONCURRENCY": "4"},
+    "env_file": {},
+    "sqlite_1": {"PROVIDER": "openai"},
+    "sqlite_2": {"PROVIDER": "openai"},
+}
+PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
-    def start(name: str, program=None, **environment) -> Server:
+
+@pytest.fixture(scope="session")
+def servers(request, provider, tmp_path_factory):
+    """servers(name): the server of that name, started."""
+    running: dict[str, Server] = {}
+    database = tmp_path_factory.mktemp("database") / "chat.sqlite"
+
+    def launch(name: str) -> Server:
+        folder = tmp_path_factory.mktemp(name)
+        if name == "env_file":
+            (folder / ".env").write_text("PROVIDER=mock\nPORT=1\nMODEL=\n")
+        program = PROGRAMS.get(name.partition("_")[0])
+        environment = {**provider.environment(), "DATABASE": str(database), **SERVERS[name]}
+        return Server(folder, environment, program and TESTS / program)
+
+    def start(name: str) -> Server:
         if name not in running:
-            folder = tmp_path_factory.mktemp(name)
-            running[name] = Server(folder, {**provider.environment(), **environment}, program)
+            running[name] = launch(name)
         return running[name].started()
 
-    # Importing LiteLLM takes seconds: the servers that most tests need start side by side.
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: start(name, PROVIDER=name), PROVIDERS))
+    # Importing LiteLLM takes seconds: for the whole suite all servers start side by side.
+    if len(request.session.items) > 200:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(start, SERVERS))
     yield start
+    for server in running.values():
+        server.process.terminate()
     codes = {name: server.stop() for name, server in running.items()}
-    logs = {name: "\n".join(server.log) for name, server in running.items()}
-    assert set(codes.values()) <= {0, -15}, codes  # a program of the user's own is ended by the signal
-    for name, log in logs.items():
+    # Only main.py run as a program turns the signal into an exit code of 0.
+    assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes
+    for name, server in running.items():
         for text in ("OUTSIDE", "never retrieved", "was destroyed", "Unclosed", "Give Feedback", "Provider List"):
-            assert text not in log, f"{name}: {log}"
+            assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 
 @pytest.fixture(params=PROVIDERS)
@@ -73,19 +107,13 @@ def provider_name(request):
 @pytest.fixture
 def server(servers, provider_name):
     """`python backend/main.py` with the provider of the test."""
-    return servers(provider_name, PROVIDER=provider_name)
+    return servers(provider_name)
 
 
 @pytest.fixture
 def customised(servers, provider_name):
-    """The server with tools, and with a second's patience for the provider."""
-    return servers(
-        f"customised_{provider_name}",
-        ROOT / "tests" / "customised.py",
-        PROVIDER=provider_name,
-        MODEL_TIMEOUT="1.5",
-        SILENCE_SECONDS="0.5",
-    )
+    """The server with tools, and with little patience for the provider."""
+    return servers(f"customised_{provider_name}")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+from agents import ModelSettings, ModelTracing
 from client import ROOT, Chat, done, error_of, text_of
 from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
 
@@ -80,14 +81,26 @@ def test_silence(custom_chat, provider):
     assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
 
 
-def test_a_connection_that_is_accepted_and_never_answered(servers, provider, provider_name):
+@pytest.mark.anyio
+async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name):
+    """A connection that is refused, and one that is accepted and never answered."""
+
+    async def fault(url: str) -> Exception:
+        model = main.ProviderModel(model=NAMES[provider_name][1], base_url=url, api_key="key")
+        with pytest.raises(main.ProviderFault) as raised:
+            settings = ModelSettings(extra_args={"max_retries": 0})
+            async for _ in model.stream_response(
+                None, "go", settings, [], None, [], ModelTracing.DISABLED, previous_response_id=None
+            ):
+                pass
+        return raised.value
+
+    monkeypatch.setattr(main, "MODEL_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        bases = {"GEMINI_API_BASE": url, "OPENAI_BASE_URL": url, "ANTHROPIC_API_BASE": url}
-        server = servers(f"unanswered_{provider_name}", PROVIDER=provider_name, MODEL_TIMEOUT="1", **bases)
-        assert "timed out" in error_of(Chat(server.url).say("hello?")).message
-    # Nobody listens there any more.
-    error = error_of(Chat(server.url).say("hello?"))
+        error = await fault(url)
+        assert "timed out" in error.message and error.allow_retry
+    error = await fault(url)
     assert "unavailable" in error.message and error.allow_retry
 
 

@@ -18,7 +18,7 @@ def shape(value):
 
 
 def test_the_curl_answers_as_shown(servers):
-    server = servers("mock", PROVIDER="mock")
+    server = servers("env_file")
     command, output = re.search(r"\$ (curl .*?)\n(.*?)```", README, re.S).groups()
     words = shlex.split(command)
     url = next(word for word in words if word.startswith("localhost:8000")).replace("localhost:8000", server.url)

@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from client import ROOT, Chat, done, memory, message, text_of
+from client import Chat, done, memory, message, text_of
 from provider import ToolCall
 
 NO_TRACE = ("Traceback", "Exception", "ERROR")
@@ -16,18 +16,12 @@ NO_TRACE = ("Traceback", "Exception", "ERROR")
 @pytest.fixture(scope="module")
 def server(servers):
     """One provider will do: these requests never reach it."""
-    return servers("openai", PROVIDER="openai")
+    return servers("openai")
 
 
 @pytest.fixture(scope="module")
 def customised(servers):
-    return servers(
-        "customised_openai",
-        ROOT / "tests" / "customised.py",
-        PROVIDER="openai",
-        MODEL_TIMEOUT="1.5",
-        SILENCE_SECONDS="0.5",
-    )
+    return servers("customised_openai")
 
 
 def refused(server, status: int, says: str, **request) -> None:

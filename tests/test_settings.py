@@ -6,7 +6,7 @@ from datetime import date
 
 import httpx
 import pytest
-from client import ROOT, Chat, Server, done, error_of, free_port, text_of
+from client import ROOT, Chat, Server, done, error_of, text_of
 
 
 def refused_start(tmp_path, **environment) -> str:
@@ -40,9 +40,7 @@ def test_an_unusable_setting_stops_the_start_with_one_line(tmp_path, environment
 
 @pytest.fixture(scope="module")
 def bare(servers):
-    """No key, no .env, blank variables as docker compose leaves them, and a host's WEB_CONCURRENCY."""
-    blank = {name: "" for name in ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "MODEL")}
-    return servers("bare", **blank, WEB_CONCURRENCY="4", CHATKIT_TOKENS="")
+    return servers("no_key")
 
 
 def test_without_a_key_the_provider_is_never_called(bare, provider):
@@ -64,21 +62,18 @@ def test_the_log_of_a_start(bare):
 
 
 def test_mock_needs_neither_key_nor_network(servers, provider):
-    server = servers("mock", PROVIDER="mock")
-    chat = Chat(server.url)
+    """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock stands in .env."""
+    chat = Chat(servers("env_file").url)
     for _ in range(2):
         (reply,) = done(chat.say("hello"))
         assert "PROVIDER=mock" in text_of(reply)
     assert len(chat.items()) == 4 and provider.requests == []
 
 
-def test_the_environment_wins_over_the_env_file(tmp_path, provider):
-    port, other = free_port(), free_port()
-    (tmp_path / ".env").write_text(f"PROVIDER=mock\nPORT={port}\nMODEL=\n")
-    server = Server(tmp_path, {"PORT": str(other)}).started()
-    assert httpx.get(f"http://127.0.0.1:{other}/health").json() == {"status": "ok"}
-    assert "PROVIDER=mock" in "\n".join(server.log)
-    assert server.stop() == 0
+def test_the_environment_wins_over_the_env_file(servers):
+    """.env says PORT=1."""
+    server = servers("env_file")
+    assert server.port != 1 and httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("model", ["gpt-4o-mini", "openai/gpt-4o-mini"])
@@ -134,20 +129,6 @@ def test_the_requirements_satisfy_the_template():
     numbers = {name: tuple(map(int, number.split("."))) for name, number in wanted.items()}
     assert numbers["openai-chatkit"] <= (1, 4, 0) and numbers["openai-agents"] >= (0, 6, 2)
     assert set(wanted) == {"fastapi", "uvicorn", "openai-chatkit", "openai-agents", "litellm", "python-dotenv"}
-
-
-def test_main_can_be_served_by_uvicorn(tmp_path):
-    """`uvicorn main:app --app-dir backend`, from another folder."""
-    program = tmp_path / "serve.py"
-    program.write_text(
-        "import os, sys, uvicorn\n"
-        f"sys.argv = ['uvicorn', 'main:app', '--app-dir', {str(tmp_path / 'backend')!r}, '--port', os.environ['PORT']]\n"
-        "uvicorn.main()\n"
-    )
-    server = Server(tmp_path, {"PROVIDER": "mock"}, program).started()
-    chat = Chat(server.url)
-    assert done(chat.say("hello"))
-    server.stop()
 
 
 # ---- The template's five boxes --------------------------------------------------

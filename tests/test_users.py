@@ -2,31 +2,24 @@
 
 import httpx
 import pytest
-from client import ROOT, Chat, done, message, text_of
+from client import Chat, done, message, text_of
+from conftest import USERS
 from provider import ToolCall
-
-TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 
 
 @pytest.fixture(scope="module")
 def server(servers):
-    return servers(
-        "users",
-        ROOT / "tests" / "customised.py",
-        PROVIDER="openai",
-        CHATKIT_TOKENS=" , ".join(f"{user}:{token}" for user, token in TOKENS.items()),
-        ALLOWED_ORIGINS="https://app.example, https://other.example",
-    )
+    return servers("users")
 
 
 @pytest.fixture
 def alice(server):
-    return Chat(server.url, TOKENS["alice"])
+    return Chat(server.url, USERS["alice"])
 
 
 @pytest.fixture
 def bob(server):
-    return Chat(server.url, TOKENS["bob"])
+    return Chat(server.url, USERS["bob"])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +39,7 @@ def test_no_valid_token(server, header):
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
         assert "token" in response.json()["detail"]
-    assert not [token for token in TOKENS.values() if token in "\n".join(server.log)]
+    assert not [token for token in USERS.values() if token in "\n".join(server.log)]
 
 
 def test_what_stays_open(server):
@@ -108,14 +101,11 @@ def test_every_operation_as_the_wrong_user(alice, bob, provider):
     assert (alice.debug(), alice.get("threads.get_by_id", **thread)) == before
 
 
-def test_a_chat_on_another_store(servers, provider, tmp_path):
+def test_a_chat_on_another_store(servers, provider):
     """The same conversation on SQLite, and still there for a second server on the same file."""
     chat = None
     for name in ("sqlite_1", "sqlite_2"):
-        server = servers(
-            name, ROOT / "tests" / "sqlite_store.py", PROVIDER="openai", DATABASE=str(tmp_path / "chat.sqlite")
-        )
-        chat = Chat(server.url, thread_id=chat and chat.thread_id)
+        chat = Chat(servers(name).url, thread_id=chat and chat.thread_id)
         for text in ("one", "two"):
             chat.say(f"{text} on {name}")
     texts = [text_of(item) for item in chat.items()]
