@@ -47,7 +47,7 @@ USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
     **{name: {"PROVIDER": name} for name in PROVIDERS},
     **{
-        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.5"}
+        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.2", "SILENCE_SECONDS": "0.3"}
         for name in PROVIDERS
     },
     "users": {
@@ -61,6 +61,8 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "env_file": {},
     "sqlite_1": {"PROVIDER": "openai"},
     "sqlite_2": {"PROVIDER": "openai"},
+    "stopped_idle": {"PROVIDER": "openai"},
+    "stopped_busy": {"PROVIDER": "openai"},
 }
 PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
@@ -89,9 +91,8 @@ def servers(request, provider, tmp_path_factory):
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(start, SERVERS))
     yield start
-    for server in running.values():
-        server.process.terminate()
-    codes = {name: server.stop() for name, server in running.items()}
+    with ThreadPoolExecutor(len(running) or 1) as pool:
+        codes = dict(zip(running, pool.map(Server.stop, running.values())))
     # Only main.py run as a program turns the signal into an exit code of 0.
     assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes
     for name, server in running.items():

@@ -7,7 +7,7 @@ from itertools import count
 
 import httpx
 import pytest
-from client import Chat, Server, done, memory, message, text_of
+from client import Chat, done, memory, message, text_of
 from provider import Pause, Silence, Text, Thought, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -119,8 +119,8 @@ async def test_two_hundred_chats_at_once(server, provider):
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-async def test_told_to_stop(provider, tmp_path, busy):
-    server = Server(tmp_path, {**provider.environment(), "PROVIDER": "openai"}).started()
+async def test_told_to_stop(servers, provider, busy):
+    server = servers("stopped_busy" if busy else "stopped_idle")
     if busy:
         provider.script["long"] = [[Text("word "), Silence()]]
         streams = [Chat(server.url).start("long") for _ in range(3)]
