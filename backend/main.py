@@ -26,6 +26,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import dropwhile
 from pathlib import Path
@@ -262,12 +263,8 @@ def unique_id(item_type: StoreItemType) -> str:
 # ---- Model -----------------------------------------------------------------------------------------------
 
 # What MODEL=auto stands for. The template's gemini-2.0-flash and claude-3-sonnet-20240229 are shut down.
-DEFAULT_MODELS = {
-    "gemini": "gemini-flash-latest",
-    "openai": "gpt-4o",
-    "anthropic": "claude-sonnet-4-6",
-    "mock": "gpt-4o",
-}
+DEFAULT_MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6"}
+DEFAULT_MODELS["mock"] = DEFAULT_MODELS["openai"]
 
 
 def litellm_name(provider: str, model: str) -> str:
@@ -374,8 +371,7 @@ class ProviderModel(LitellmModel):
             return fetched
         response, stream = fetched
         if OLD_LITELLM and stream.make_call:
-            make_call = stream.make_call
-            stream.make_call = lambda **options: finite_chunks(make_call, options)
+            stream.make_call = partial(finite_chunks, stream.make_call)
         return response, self._chunks(stream)
 
     async def _chunks(self, stream: litellm.CustomStreamWrapper) -> AsyncIterator[litellm.ModelResponseStream]:
@@ -411,11 +407,10 @@ async def close(stream: litellm.CustomStreamWrapper) -> None:
         await lines.aclose()
 
 
-async def finite_chunks(make_call, options: dict) -> AsyncIterator:
+async def finite_chunks(make_call, **options) -> AsyncIterator:
     """The old LiteLLM's chunks of a Gemini stream, without the None that it returns for ever after a web page."""
-    chunks = await make_call(**options)
 
-    async def finite() -> AsyncIterator:
+    async def finite(chunks: AsyncIterator) -> AsyncIterator:
         nothing = 0
         async for chunk in chunks:
             nothing = nothing + 1 if chunk is None else 0
@@ -424,7 +419,7 @@ async def finite_chunks(make_call, options: dict) -> AsyncIterator:
             if chunk is not None:
                 yield chunk
 
-    return finite()
+    return finite(await make_call(**options))
 
 
 model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME)
@@ -433,15 +428,12 @@ model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME
 
 REQUEST = TypeAdapter(ChatKitReq)
 # What a user of this file has to write before the operation can be served, and the item that it is about.
-HANDLERS = {
-    "threads.custom_action": "action",
-    "threads.sync_custom_action": "sync_action",
-    "input.transcribe": "transcribe",
-}
+ACTION, SYNC_ACTION = "threads.custom_action", "threads.sync_custom_action"
+HANDLERS = {ACTION: "action", SYNC_ACTION: "sync_action", "input.transcribe": "transcribe"}
 ITEM_TYPES = {
+    ACTION: "widget",
+    SYNC_ACTION: "widget",
     "threads.retry_after_item": "user_message",
-    "threads.custom_action": "widget",
-    "threads.sync_custom_action": "widget",
     "threads.add_structured_input": "structured_input",
 }
 
@@ -498,8 +490,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
             parsed = REQUEST.validate_json(request)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
-            place = "".join(f"{part}: " for part in [".".join(map(str, problem["loc"]))] if part)
-            raise HTTPException(400, f"{place}{problem['msg']}"[:300]) from None
+            place = ".".join(map(str, problem["loc"]))
+            raise HTTPException(400, f"{place}: {problem['msg']}".removeprefix(": ")[:300]) from None
         await self.check(parsed, context)
         # Not super().process(), which makes the TypeAdapter anew, some 20 ms, for every request.
         if is_streaming_req(parsed):
@@ -614,9 +606,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
         items = page.data[::-1]
         # Some providers refuse a conversation that the assistant begins.
-        return await self.converter.to_agent_input(
-            list(dropwhile(lambda item: item.type != "user_message", items)) or items
-        )
+        from_user = list(dropwhile(lambda item: item.type != "user_message", items))
+        return await self.converter.to_agent_input(from_user or items)
 
     async def handle_stream_cancelled(
         self, thread: ThreadMetadata, pending_items: list[ThreadItem], context: dict
@@ -649,11 +640,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="ChatKit Server", lifespan=lifespan)
 app.add_middleware(
-    CORSMiddleware,
-    allow_origins=ALLOWED_ORIGINS,
-    allow_credentials=True,
-    allow_methods=["*"],
-    allow_headers=["*"],
+    CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
 )
 
 store = MemoryStore()
@@ -687,6 +674,13 @@ async def request_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def sse(event: ThreadStreamEvent) -> bytes:
+    return b"data: " + event.model_dump_json(exclude_none=True).encode() + b"\n\n"
+
+
+STILL_WORKING = sse(ProgressUpdateEvent(text="Still working…"))
+
+
 class EventStream(StreamingResponse):
     """chatkit's events, read in a task of their own, with a sign of life where they fail to come.
 
@@ -701,31 +695,22 @@ class EventStream(StreamingResponse):
         self.reader = asyncio.create_task(self.read(result))
 
     async def read(self, result: StreamingResult) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.last_event = self.loop.time()
-        self.timer = self.loop.call_later(SILENCE_SECONDS, self.break_silence)
         try:
             async for event in result:
-                self.last_event = self.loop.time()
                 self.queue.put_nowait(event)
         except Exception:  # chatkit has logged it
-            self.put(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True))
+            self.queue.put_nowait(sse(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True)))
         finally:
-            self.timer.cancel()
             self.queue.put_nowait(None)
 
-    def break_silence(self) -> None:
-        if self.last_event + SILENCE_SECONDS <= self.loop.time():
-            self.put(ProgressUpdateEvent(text="Still working…"))
-            self.last_event = self.loop.time()
-        self.timer = self.loop.call_at(self.last_event + SILENCE_SECONDS, self.break_silence)
-
-    def put(self, event: ThreadStreamEvent) -> None:
-        self.queue.put_nowait(b"data: " + event.model_dump_json(exclude_none=True).encode() + b"\n\n")
-
     async def events(self) -> AsyncIterator[bytes]:
-        while event := await self.queue.get():
-            yield event
+        event = b""
+        while event is not None:
+            event = STILL_WORKING
+            with anyio.move_on_after(SILENCE_SECONDS):
+                event = await self.queue.get()
+            if event:
+                yield event
 
     async def __call__(self, scope, receive, send) -> None:
         try:

@@ -78,6 +78,13 @@ class Cut:
 
 
 @dataclass
+class Together:
+    """These steps in one piece, so that they arrive together."""
+
+    steps: list
+
+
+@dataclass
 class Raw:
     """These bytes, as they are."""
 
@@ -409,6 +416,11 @@ class Seen:
     complete: bool = False
 
     @property
+    def key(self) -> str:
+        names = ("x-goog-api-key", "x-api-key", "authorization")
+        return next(self.headers[name] for name in names if name in self.headers).removeprefix("Bearer ")
+
+    @property
     def messages(self) -> list[tuple[str, str]]:
         return self.format.messages(self.body)
 
@@ -458,7 +470,10 @@ class Provider:
                 return HTMLResponse("<html>\n<body>\n<h1>Log in to the network</h1>\n</body>\n</html>")
             if kind == "json":
                 return JSONResponse({"hello": "world"})
-            return JSONResponse(writer.error(kind), status_code=format.status[kind])
+            body = writer.error(kind)
+            if kind == "key":  # some providers repeat it
+                body["error"]["message"] += f" The key was {seen.key}."
+            return JSONResponse(body, status_code=format.status[kind])
         return StreamingResponse(self.stream(writer, steps, seen), media_type="text/event-stream")
 
     async def stream(self, writer, steps: list, seen: Seen):
@@ -481,6 +496,8 @@ class Provider:
                         raise ConnectionError("cut on purpose")
                     case Raw(body):
                         yield body
+                    case Together(parts):
+                        yield b"".join(map(writer.step, parts))
                     case _:
                         finished = finished or isinstance(step, (Finish, Stream))
                         yield writer.step(step)

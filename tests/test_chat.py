@@ -27,7 +27,7 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
     assert [item["id"] for item in stored] == [item.id for item in streamed]
     ids = [item.id for item in streamed]
     assert len(set(ids)) == len(ids) == 10 * 2 + 3 + 5
-    assert all(id.startswith(("msg_", "tc_")) and len(id.partition("_")[2]) == 32 for id in ids), ids
+    assert all(id.startswith(("msg_", "tc_")) for id in ids), ids
     assert [item["type"] for item in stored[20:]] == [
         *["user_message", "assistant_message", "assistant_message"],
         *["user_message", "assistant_message", "client_tool_call", "client_tool_call", "assistant_message"],

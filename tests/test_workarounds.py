@@ -10,7 +10,7 @@ import httpx
 import pytest
 from agents import ModelSettings, ModelTracing
 from client import Chat, error_of
-from provider import Failure, Silence, Text
+from provider import Failure, Silence, Text, Together
 
 pytestmark = pytest.mark.anyio
 
@@ -48,15 +48,19 @@ async def test_a_fast_reply_does_not_block_others(main):
 async def test_leaving_between_two_chunks(main, provider, name):
     """Of Anthropic's streams LiteLLM closes nothing when they are abandoned while no chunk is awaited."""
     kind = name.partition("/")[0]
-    provider.script["go"] = [[Text("one "), Text("two "), Silence()]]
+    provider.script["go"] = [[Together([Text("one "), Text("two "), Text("three ")]), Silence()]]
     model = main.ProviderModel(model=name, base_url=f"{provider.url}/{kind}", api_key="key")
-    events = model.stream_response(
-        None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
-    )
-    async for event in events:
-        if event.type == "response.output_text.delta":
-            break
-    await events.aclose()
+
+    async def leave() -> None:
+        async for event in model.stream_response(
+            None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
+        ):
+            if event.type == "response.output_text.delta":
+                asyncio.current_task().cancel()  # the next chunk is there already: nothing is read
+
+    task = asyncio.create_task(leave())
+    await asyncio.wait([task])
+    assert task.cancelled()
     (request,) = provider.requests
     assert await asyncio.to_thread(request.closed.wait, 1)
 
