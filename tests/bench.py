@@ -144,7 +144,7 @@ def cpu_per_delta() -> tuple[str, float]:
 
 def first_delta() -> tuple[str, float]:
     ratios = []
-    with Upstream(250, 0) as upstream:
+    with Upstream(500, 0) as upstream:
         server = serve(upstream)
         asyncio.run(chats(server.url, 1))
         for run in range(PAIRS):
