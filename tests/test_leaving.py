@@ -110,7 +110,8 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
     assert not any(request.complete for request in provider.requests[:-1])
 
 
-async def test_two_hundred_chats_at_once(server, provider):
+async def test_two_hundred_chats_at_once(servers, provider):
+    server = servers("gemini")
     texts = [f"chat number {number} of many" for number in range(200)]
     for text in texts:
         provider.script[text] = [[Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]]
