@@ -461,6 +461,7 @@ class RunEvents:
     def __init__(self, result: RunResultStreaming) -> None:
         self.result = result
         self.events = result.stream_events()
+        self.next: asyncio.Future | None = None
 
     def stream_events(self) -> "RunEvents":
         return self
@@ -471,7 +472,8 @@ class RunEvents:
 
     def cancel(self) -> None:
         """End the run, or the provider goes on, and is paid, to the end of the reply."""
-        self.next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self.next:
+            self.next.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.result.cancel()
 
 
