@@ -68,6 +68,16 @@ def say(text: str) -> None:
     print(f"{datetime.now():%H:%M:%S}  {text}", file=sys.stderr, flush=True)
 
 
+def wait_for(url: str) -> None:
+    """Until something answers there."""
+    while True:
+        try:
+            httpx.get(url)
+            return
+        except httpx.ConnectError:
+            time.sleep(0.01)
+
+
 class Upstream:
     """The loopback provider as a process of its own."""
 
@@ -75,12 +85,7 @@ class Upstream:
         self.port = free_port()
         arguments = [sys.executable, str(HERE / "provider.py"), str(self.port), str(deltas), str(per_second)]
         self.process = subprocess.Popen(arguments)
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{self.port}/")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
+        wait_for(f"http://127.0.0.1:{self.port}/")
 
     def environment(self) -> dict[str, str]:
         return {"OPENAI_BASE_URL": f"http://127.0.0.1:{self.port}/openai", "OPENAI_API_KEY": "key", "PROVIDER": "openai"}
@@ -256,12 +261,7 @@ def start() -> tuple[str, None]:
         for pair in range(PAIRS + 1):
             began = time.perf_counter()
             server = Server(Path(tempfile.mkdtemp()), {**provider.environment(), "PROVIDER": "openai"})
-            while True:
-                try:
-                    httpx.get(f"{server.url}/health")
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.01)
+            wait_for(f"{server.url}/health")
             ours = time.perf_counter() - began
             server.stop()
             began = time.perf_counter()
