@@ -311,6 +311,7 @@ class EmptyReply(Exception):
 KEY_NAME = f"{PROVIDER.upper()}_API_KEY"
 FILTERED = litellm.ContentPolicyViolationError, ModelRefusalError
 GUARDRAILS = InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
+TURN_FAULTS = ModelRefusalError, ModelBehaviorError, EmptyReply, *GUARDRAILS  # of a turn, not of one request
 FAULTS = [  # errors; HTTP statuses; what the person in the chat reads; whether to try again may help
     (litellm.AuthenticationError, {401, 403}, f"The AI provider refused the key. Check {KEY_NAME}.", False),
     (litellm.NotFoundError, {404}, f"The AI provider does not know the model {MODEL_NAME}. Check MODEL.", False),
@@ -335,13 +336,13 @@ class ProviderFault(CustomStreamError):
 
 
 @contextmanager
-def faults_explained() -> Iterator[None]:
-    """The faults above come out as ProviderFault, their cause in the log. Others pass: they are the server's own."""
+def faults_explained(errors: type | tuple = Exception) -> Iterator[None]:
+    """Of these errors, the faults above come out as ProviderFault, their cause in the log. All others pass."""
     try:
         yield
     except CustomStreamError:
         raise
-    except Exception as error:
+    except errors as error:
         causes = [error]  # LiteLLM wraps errors, and the status that tells is not always the outermost
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
@@ -548,7 +549,7 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         run, answered = RunEvents(result), False
         unfinished: dict[str, ThreadItem] = {}
         texts: defaultdict[str, str] = defaultdict(str)
-        with faults_explained():
+        with faults_explained(TURN_FAULTS):  # the rest, as a bug in a tool, is the server's own
             try:
                 async for event in self.with_unique_ids(stream_agent_response(agent_context, run), thread, context):
                     match event:

@@ -63,6 +63,12 @@ async def broken() -> str:
     raise ZeroDivisionError("a bug in a tool")
 
 
+@function_tool(failure_error_function=None)
+async def broken_database() -> str:
+    """A tool whose own connection timed out, which is no fault of the provider's."""
+    raise TimeoutError("the tool's database was silent")
+
+
 @function_tool
 async def slow() -> str:
     """A tool that takes its time."""
@@ -75,7 +81,7 @@ async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
 
 
-main.server.agent.tools += [clock, pick_colour, show_card, broken, slow]
+main.server.agent.tools += [clock, pick_colour, show_card, broken, broken_database, slow]
 main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
 main.server.agent.output_guardrails.append(no_secrets)
 main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))

@@ -135,11 +135,18 @@ def test_a_tool_that_does_not_exist(custom_chat, provider):
     assert "not understood" in error.message and error.allow_retry
 
 
-def test_a_bug_in_a_tool_is_the_servers_own(custom_chat, customised, provider):
-    provider.script["act"] = [[Text("Let me try. "), ToolCall("broken")]]
+@pytest.mark.parametrize(
+    ("tool", "cause"),
+    [
+        ("broken", "ZeroDivisionError: a bug in a tool"),
+        ("broken_database", "TimeoutError: the tool's database was silent"),
+    ],
+)
+def test_a_bug_in_a_tool_is_the_servers_own(custom_chat, customised, provider, tool, cause):
+    provider.script["act"] = [[Text("Let me try. "), ToolCall(tool)]]
     error = error_of(custom_chat.say("act"))
     assert (error.code, error.message) == ("stream.error", None)
-    log = customised.wait_for("ZeroDivisionError: a bug in a tool")
+    log = customised.wait_for(cause)
     assert "Traceback" in log
     assert [text_of(item) for item in custom_chat.items()] == ["act", "Let me try. "]
     assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
