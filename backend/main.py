@@ -10,78 +10,33 @@ Routes   POST /chatkit             ChatKit's protocol: JSON, or a stream of serv
 Settings PROVIDER, MODEL, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY, HOST, PORT,
          ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env; .env.example explains each
 
-Limits   threads live in this one process and end with it; the model sees a thread's newest HISTORY_ITEMS
-         items; a request has at most MAX_BODY_BYTES
+Limits   threads live in this one process and end with it; the model sees a thread's newest HISTORY_ITEMS items;
+         a request has at most MAX_BODY_BYTES
 """
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import os
 import secrets
 import signal
 import sys
-from bisect import bisect_left, bisect_right
+import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from itertools import dropwhile
 from pathlib import Path
+from typing import Annotated
 
 from dotenv import load_dotenv
 
 ROOT_DIR = Path(__file__).resolve().parent.parent
 load_dotenv(ROOT_DIR / ".env")
-
-# ---- Settings --------------------------------------------------------------------------------------------
-
-INSTRUCTIONS = "You are a helpful assistant."
-MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key to talk to a model."
-HISTORY_ITEMS = 100  # how many of a thread's newest items the model sees
-TITLE_CHARACTERS = 60
-MAX_BODY_BYTES = 4 * 1024 * 1024
-SILENCE_SECONDS = 15  # after which the stream says that it is alive: proxies cut one that is idle for 60
-SHUTDOWN_SECONDS = 5  # how long running chats may go on after SIGTERM
-
-
-def setting(name: str, default: str) -> str:
-    """The variable's value; a blank one counts as unset."""
-    return os.getenv(name, "").strip() or default
-
-
-def number(name: str, default: str, kind: type, highest: int):
-    """The variable as `kind`, above 0. Stops the start with one line if it is none."""
-    with suppress(ValueError):
-        if 0 < (value := kind(setting(name, default))) <= highest:
-            return value
-    raise SystemExit(f"{name}={setting(name, default)!r} is not a number above 0, up to {highest}.")
-
-
-def parse_tokens(value: str) -> dict[str, str]:
-    """{token: user} of "alice:token1,bob:token2". Stops the start with one line if it is malformed."""
-    entries = [[part.strip() for part in entry.split(":", 1)] for entry in value.split(",")] if value else []
-    users = {entry[-1]: entry[0] for entry in entries}
-    if len(users) < len(entries) or any(len(entry) != 2 or not all(entry) for entry in entries):
-        raise SystemExit("CHATKIT_TOKENS is not of the form user:token,user:token, each token once.")
-    return users
-
-
-PROVIDER = setting("PROVIDER", "gemini").lower()
-MODEL = setting("MODEL", "auto")
-MODEL_TIMEOUT = number("MODEL_TIMEOUT", "120", float, 86_400)  # seconds of a model's silence
-HOST = setting("HOST", "0.0.0.0")
-PORT = number("PORT", "8000", int, 65_535)
-ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").split(",")]
-TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))
-
-logger = logging.getLogger("uvicorn.error")  # the one that uvicorn shows
-
-# ---- Libraries -------------------------------------------------------------------------------------------
-# Imported after the settings: they take seconds, and they read these two from the environment. LiteLLM fetches
-# its price map from the internet, and openai-agents uploads traces of prompts and replies to OpenAI, unless told.
+# Unless told before their import, LiteLLM fetches its price map, and openai-agents uploads traces of all that is said.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
 gc.disable()  # searching the imports' 400 000 objects for garbage takes a third of the start
@@ -92,239 +47,234 @@ from agents import Agent, ModelBehaviorError, ModelRefusalError, ModelSettings, 
 from agents import InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
 from agents.extensions.models.litellm_model import LitellmModel
 from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
-from chatkit.errors import CustomStreamError, ErrorCode
+from chatkit.errors import CustomStreamError
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, ErrorEvent, Page,
-    ProgressUpdateEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent,
-    ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem,
-    UserMessageTagContent, WorkflowItem, is_streaming_req,
+    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, Page, ProgressUpdateEvent,
+    ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent, ThreadItemUpdatedEvent,
+    ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req,
 )  # fmt: skip
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field, PositiveFloat, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 gc.freeze()  # and, again and again, a tenth of every stream
 gc.enable()
 
-# ---- Store -----------------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
-THREAD, ITEM, ATTACHMENT = TypeAdapter(ThreadMetadata), TypeAdapter(ThreadItem), TypeAdapter(Attachment)
+INSTRUCTIONS = "You are a helpful assistant."
+MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key to talk to a model."
+HISTORY_ITEMS = 100  # how many of a thread's newest items the model sees
+TITLE_CHARACTERS = 60
+MAX_BODY_BYTES = 4 * 1024 * 1024
+SILENCE_SECONDS = 15  # after which the stream says that it is alive: proxies cut one that is idle for 60
+SHUTDOWN_SECONDS = 5  # how long running chats may go on after SIGTERM
+
+
+def setting(name: str, default: str, kind: type = str):
+    """The variable as `kind`; a blank one counts as unset. Stops the start with one line if it is none."""
+    try:
+        return TypeAdapter(kind).validate_python(os.getenv(name, "").strip() or default)
+    except ValidationError as error:
+        raise SystemExit(f"{name}: {error.errors()[0]['msg']}.") from None
+
+
+PROVIDER = setting("PROVIDER", "gemini").lower()
+MODEL = setting("MODEL", "auto")
+MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds of a model's silence
+HOST = setting("HOST", "0.0.0.0")
+PORT = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
+ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").split(",")]
+USERS = [entry.split(":") for entry in setting("CHATKIT_TOKENS", "").replace(" ", "").split(",") if entry]
+TOKENS = {entry[-1]: entry[0] for entry in USERS}  # token -> user
+if len(TOKENS) < len(USERS) or not all(len(entry) == 2 and all(entry) for entry in USERS):
+    raise SystemExit("CHATKIT_TOKENS is not of the form user:token,user:token, each token once.")
+logger = logging.getLogger("uvicorn.error")  # the one that uvicorn shows
+
+# ---- Store -----------------------------------------------------------------------------------------------------------
+
+KINDS = {"Thread": TypeAdapter(ThreadMetadata), "Item": TypeAdapter(ThreadItem), "Attachment": TypeAdapter(Attachment)}
+NUMBERS = itertools.count()
 
 
 class Rows:
-    """JSON rows by id, in the order of their first put.
+    """Rows of one of KINDS as JSON, so that none is shared with a caller, by id and in the order of their first put.
 
-    Each has a number, and numbers only grow: bisection finds a row's place, so that a page costs the same
-    however many rows there are.
+    Their numbers only grow: bisection finds a row's place, so that a page costs the same however many rows there are.
+    Raises NotFoundError for an unknown id.
     """
 
-    def __init__(self) -> None:
-        self.rows: dict[str, tuple[int, bytes]] = {}  # id -> (number, row)
+    def __init__(self, kind: str) -> None:
+        self.kind, self.adapter = kind, KINDS[kind]
+        self.rows: dict[str, tuple[int, bytes]] = {}  # id -> (number, JSON)
         self.ids: list[str] = []  # by number
 
-    def put(self, row: BaseModel, **options) -> None:
-        """Add the row, or replace the one of its id where it stands."""
-        if row.id in self.rows:
-            number = self.rows[row.id][0]
-        else:
-            number = self.rows[self.ids[-1]][0] + 1 if self.ids else 0
+    @property
+    def items(self) -> list:
+        return [self.load(id) for id in self.ids]
+
+    def find(self, id: str) -> tuple[int, bytes]:
+        if id not in self.rows:
+            raise NotFoundError(f"{self.kind} {id} not found")
+        return self.rows[id]
+
+    def place(self, id: str) -> int:
+        return bisect_left(self.ids, self.find(id)[0], key=lambda id: self.rows[id][0])
+
+    def load(self, id: str):
+        return self.adapter.validate_json(self.find(id)[1])
+
+    def put(self, row: BaseModel) -> None:
+        if row.id not in self.rows:
             self.ids.append(row.id)
-        self.rows[row.id] = number, row.model_dump_json(**options).encode()
+        number = self.rows[row.id][0] if row.id in self.rows else next(NUMBERS)
+        self.rows[row.id] = number, self.adapter.dump_json(row)
 
     def remove(self, id: str) -> None:
         if id in self.rows:
-            del self.ids[self._place(id, bisect_left)]
-            del self.rows[id]
+            del self.ids[self.place(id)], self.rows[id]
 
-    def page(self, adapter: TypeAdapter, after: str | None, limit: int, order: str) -> Page:
-        """At most `limit` rows beyond the one called `after`. Raises KeyError if there is none."""
-        limit = max(limit, 1)
+    def page(self, after: str | None, limit: int, order: str) -> Page:
         if order == "desc":
-            stop = self._place(after, bisect_left) if after else len(self.ids)
+            stop = self.place(after) if after else len(self.ids)
             ids, more = self.ids[max(stop - limit, 0) : stop][::-1], stop > limit
         else:
-            start = self._place(after, bisect_right) if after else 0
+            start = self.place(after) + 1 if after else 0
             ids, more = self.ids[start : start + limit], start + limit < len(self.ids)
-        data = [adapter.validate_json(self.rows[id][1]) for id in ids]
-        return Page(data=data, has_more=more, after=ids[-1] if more else None)
-
-    def _place(self, id: str, bisect) -> int:
-        return bisect(self.ids, self.rows[id][0], key=lambda id: self.rows[id][0])
-
-
-class ThreadState:
-    def __init__(self, owner: str | None) -> None:
-        self.owner = owner
-        self.rows = Rows()
-
-    @property
-    def items(self) -> list[ThreadItem]:
-        return [ITEM.validate_json(self.rows.rows[id][1]) for id in self.rows.ids]
+        return Page(data=[self.load(id) for id in ids], has_more=more, after=ids[-1] if more else None)
 
 
 class MemoryStore(Store[dict]):
     """chatkit's Store in memory: the class to replace by a database (tests/test_store.py is its contract).
 
-    The request context is {} or {"user_id": ...}: each user sees their own threads and attachments only. What
-    is missing raises NotFoundError, an unknown cursor too; a missing thread has an empty page of items;
-    deleting what is not there does nothing. Rows are JSON, so nothing stored is shared with a caller.
+    The request context is {} or {"user_id": ...}: each user sees their own threads and attachments only. What is
+    missing raises NotFoundError, but a missing thread has an empty page of items, and deletes may be repeated.
     """
 
     def __init__(self) -> None:
-        self._threads: dict[str, ThreadState] = {}
-        self._threads_of: defaultdict[str | None, Rows] = defaultdict(Rows)
-        self._attachments_of: defaultdict[str | None, Rows] = defaultdict(Rows)
+        self._threads: dict[str, Rows] = {}  # thread id -> its items
+        self._of_users: dict[tuple, Rows] = {}
+
+    def _rows(self, kind: str, context: dict) -> Rows:
+        """The user's threads or attachments."""
+        return self._of_users.setdefault((kind, context.get("user_id")), Rows(kind))
+
+    def _items(self, thread_id: str, context: dict) -> Rows:
+        self._rows("Thread", context).find(thread_id)
+        return self._threads[thread_id]
 
     def generate_thread_id(self, context: dict) -> str:
-        return unique_id("thread")
+        return self.generate_item_id("thread", None, context)
 
-    def generate_item_id(self, item_type: StoreItemType, thread: ThreadMetadata, context: dict) -> str:
-        return unique_id(item_type)
+    def generate_item_id(self, item_type: StoreItemType, thread: ThreadMetadata | None, context: dict) -> str:
+        # 128 random bits after chatkit's prefix. Of its own 32, two are the same in 77 000 threads as likely as not.
+        return f"{default_generate_id(item_type).split('_')[0]}_{secrets.token_hex(16)}"
 
     async def load_thread(self, thread_id: str, context: dict) -> ThreadMetadata:
-        with missing("Thread", thread_id):
-            return THREAD.validate_json(self._threads_of[owner(context)].rows[thread_id][1])
+        return self._rows("Thread", context).load(thread_id)
 
     async def save_thread(self, thread: ThreadMetadata, context: dict) -> None:
-        if self._threads.setdefault(thread.id, ThreadState(owner(context))).owner != owner(context):
-            raise NotFoundError(f"Thread {thread.id} not found")
-        self._threads_of[owner(context)].put(thread, exclude={"items"})  # chatkit also hands over whole Threads
+        if thread.id in self._threads:
+            self._items(thread.id, context)  # another user's is not found
+        self._threads.setdefault(thread.id, Rows("Item"))
+        self._rows("Thread", context).put(thread)
 
     async def load_threads(self, limit: int, after: str | None, order: str, context: dict) -> Page[ThreadMetadata]:
-        with missing("Thread", after):
-            return self._threads_of[owner(context)].page(THREAD, after, limit, order)
+        return self._rows("Thread", context).page(after, limit, order)
 
     async def delete_thread(self, thread_id: str, context: dict) -> None:
-        if thread_id in self._threads_of[owner(context)].rows:
-            self._threads_of[owner(context)].remove(thread_id)
+        if thread_id in self._rows("Thread", context).rows:
+            self._rows("Thread", context).remove(thread_id)
             del self._threads[thread_id]
 
-    async def load_thread_items(
-        self, thread_id: str, after: str | None, limit: int, order: str, context: dict
-    ) -> Page[ThreadItem]:
-        if thread_id not in self._threads_of[owner(context)].rows:
-            return Page()
-        with missing("Item", after):
-            return self._threads[thread_id].rows.page(ITEM, after, limit, order)
+    async def load_thread_items(self, thread_id: str, after: str | None, limit: int, order: str, context: dict) -> Page:
+        known = thread_id in self._rows("Thread", context).rows
+        return self._threads[thread_id].page(after, limit, order) if known else Page()
 
     async def add_thread_item(self, thread_id: str, item: ThreadItem, context: dict) -> None:
         self._items(thread_id, context).put(item)
 
-    async def save_item(self, thread_id: str, item: ThreadItem, context: dict) -> None:
-        self._items(thread_id, context).put(item)
+    save_item = add_thread_item  # both add an item, or replace the one of its id where it stands
 
     async def load_item(self, thread_id: str, item_id: str, context: dict) -> ThreadItem:
-        items = self._items(thread_id, context)
-        with missing("Item", item_id):
-            return ITEM.validate_json(items.rows[item_id][1])
+        return self._items(thread_id, context).load(item_id)
 
     async def delete_thread_item(self, thread_id: str, item_id: str, context: dict) -> None:
         with suppress(NotFoundError):
             self._items(thread_id, context).remove(item_id)
 
     async def save_attachment(self, attachment: Attachment, context: dict) -> None:
-        self._attachments_of[owner(context)].put(attachment)
+        self._rows("Attachment", context).put(attachment)
 
     async def load_attachment(self, attachment_id: str, context: dict) -> Attachment:
-        with missing("Attachment", attachment_id):
-            return ATTACHMENT.validate_json(self._attachments_of[owner(context)].rows[attachment_id][1])
+        return self._rows("Attachment", context).load(attachment_id)
 
     async def delete_attachment(self, attachment_id: str, context: dict) -> None:
-        self._attachments_of[owner(context)].remove(attachment_id)
-
-    def _items(self, thread_id: str, context: dict) -> Rows:
-        if thread_id not in self._threads_of[owner(context)].rows:
-            raise NotFoundError(f"Thread {thread_id} not found")
-        return self._threads[thread_id].rows
+        self._rows("Attachment", context).remove(attachment_id)
 
 
-def owner(context: dict) -> str | None:
-    return context.get("user_id")
-
-
-@contextmanager
-def missing(name: str, id: str | None) -> Iterator[None]:
-    """A KeyError inside comes out as chatkit's NotFoundError."""
-    try:
-        yield
-    except KeyError:
-        raise NotFoundError(f"{name} {id} not found") from None
-
-
-def unique_id(item_type: StoreItemType) -> str:
-    """chatkit's prefix and 128 random bits. Of its own 32, two are the same in 77 000 threads as likely as not."""
-    return f"{default_generate_id(item_type).split('_')[0]}_{secrets.token_hex(16)}"
-
-
-# ---- Model -----------------------------------------------------------------------------------------------
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 # What MODEL=auto stands for. The template's gemini-2.0-flash and claude-3-sonnet-20240229 are shut down.
-DEFAULT_MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6"}
-DEFAULT_MODELS["mock"] = DEFAULT_MODELS["openai"]
+DEFAULT_MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6", "mock": "gpt-4o"}
 
 
 def litellm_name(provider: str, model: str) -> str:
     """LiteLLM's name of the model, provider/model. Stops the start with one line if there is none."""
-    known = ", ".join(DEFAULT_MODELS)
-    if provider not in DEFAULT_MODELS and provider not in litellm.provider_list:
-        raise SystemExit(f"PROVIDER={provider!r} is unknown: use {known}, or with MODEL any other of LiteLLM's.")
-    if model == "auto" and provider not in DEFAULT_MODELS:
-        raise SystemExit(f"PROVIDER={provider} has no default model: set MODEL.")
+    if provider not in (DEFAULT_MODELS if model == "auto" else [*DEFAULT_MODELS, *litellm.provider_list]):
+        known = ", ".join(DEFAULT_MODELS)
+        raise SystemExit(f"PROVIDER={provider!r} is none of {known}. Another one of LiteLLM's needs MODEL, too.")
     prefix = "openai" if provider == "mock" else provider
     return f"{prefix}/{(DEFAULT_MODELS[provider] if model == 'auto' else model).removeprefix(prefix + '/')}"
 
 
-def missing_key(provider: str, model: str) -> str | None:
-    """The API key variable that the provider needs and the environment lacks."""
-    for name in [name for name in os.environ if name.endswith("_API_KEY") and not os.environ[name].strip()]:
-        del os.environ[name]  # LiteLLM takes a blank key for a key
-    names = [] if provider == "mock" else litellm.validate_environment(model)["missing_keys"]
-    return next((name for name in reversed(names) if name.endswith("_API_KEY")), None)
-
-
+for name in [name for name in os.environ if name.endswith("_API_KEY") and not os.environ[name].strip()]:
+    del os.environ[name]  # LiteLLM takes a blank key for a key
 litellm.suppress_debug_info = True  # no "Give Feedback / Get Help" in the log
 MODEL_NAME = litellm_name(PROVIDER, MODEL)
-MISSING_KEY = missing_key(PROVIDER, MODEL_NAME)
+needed = [] if PROVIDER == "mock" else litellm.validate_environment(MODEL_NAME)["missing_keys"]
+MISSING_KEY = next((name for name in reversed(needed) if name.endswith("_API_KEY")), None)
 
-# The newest openai-agents get LiteLLM 1.83: later ones want an older openai. It takes a connection that broke
-# for the end of the reply, unless its transport is httpx's. (Not needed from 1.106 on, and slower.)
-OLD_LITELLM = tuple(map(int, version("litellm").split(".")[:2])) < (1, 106)
-litellm.disable_aiohttp_transport = OLD_LITELLM
+# The newest openai-agents get LiteLLM 1.83, as later ones want an older openai: two faults that 1.106 no longer has.
+if tuple(map(int, version("litellm").split(".")[:2])) < (1, 106):
+    from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
 
+    # A connection that broke counts as the end of the reply, unless the transport is httpx's, which is slower.
+    litellm.disable_aiohttp_transport = True
 
-class BrokenReply(Exception):
-    """The stream of a reply ended before the reply did."""
+    # After a web page in a Gemini stream's place it asks itself for the rest for ever, and nobody else gets a turn.
+    def accumulated(self, chunk: str, accumulate=ModelResponseIterator.handle_accumulated_json_chunk):
+        if not chunk:
+            raise StopAsyncIteration
+        return accumulate(self, chunk)
 
-
-class NoReply(Exception):
-    """The provider answered, but not with a stream of its kind."""
+    ModelResponseIterator.handle_accumulated_json_chunk = accumulated
 
 
 class EmptyReply(Exception):
     """A turn ended without a text, a tool call or anything else to see."""
 
 
-KEY_NAME = f"{PROVIDER.upper()}_API_KEY"
-FILTERED = litellm.ContentPolicyViolationError, ModelRefusalError
 GUARDRAILS = InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
-TURN_FAULTS = ModelRefusalError, ModelBehaviorError, EmptyReply, *GUARDRAILS  # of a turn, not of one request
-FAULTS = [  # errors; HTTP statuses; what the person in the chat reads; whether to try again may help
-    (litellm.AuthenticationError, {401, 403}, f"The AI provider refused the key. Check {KEY_NAME}.", False),
-    (litellm.NotFoundError, {404}, f"The AI provider does not know the model {MODEL_NAME}. Check MODEL.", False),
-    (litellm.RateLimitError, {429}, "The AI provider limits the rate of requests. Wait a moment and try again.", True),
-    (litellm.ContextWindowExceededError, {413}, "This conversation is too long. Start a new thread.", False),
-    (FILTERED, {}, "The AI provider's content filter stopped this.", False),
-    (GUARDRAILS, {}, "This server's rules do not allow this. Put it differently.", False),
-    ((TimeoutError, litellm.Timeout), {408}, "The AI provider was silent for too long: it timed out. Try again.", True),
-    (BrokenReply, {}, "The reply was cut off: the connection to the AI provider broke. Try again.", True),
-    ((NoReply, ModelBehaviorError), {}, "The AI provider's answer was not understood. Try again.", True),
-    (EmptyReply, {}, "The AI provider's reply was empty. Try again.", True),
-    (litellm.APIConnectionError, range(500, 600), "The AI provider is unavailable. Try again later.", True),
-    (litellm.BadRequestError, range(400, 500), "The AI provider refused this request. Start a new thread.", False),
+TURN_FAULTS = ModelBehaviorError, ModelRefusalError, EmptyReply, *GUARDRAILS  # of a turn, not of one request
+FAULTS = [  # HTTP statuses and classes of errors; what the person in the chat reads; whether to try again may help
+    ({401, 403}, f"The AI provider refused the key. Check {PROVIDER.upper()}_API_KEY.", False),
+    ({404}, f"The AI provider does not know the model {MODEL_NAME}. Check MODEL.", False),
+    ({429}, "The AI provider limits the rate of requests. Wait a moment and try again.", True),
+    ({413, litellm.ContextWindowExceededError}, "This conversation is too long. Start a new thread.", False),
+    ({litellm.ContentPolicyViolationError, ModelRefusalError}, "The AI provider's content filter stopped this.", False),
+    ({*GUARDRAILS}, "This server's rules do not allow this. Put it differently.", False),
+    ({408, TimeoutError}, "The AI provider was silent for too long: it timed out. Try again.", True),
+    ({ConnectionResetError}, "The reply was cut off: the connection to the AI provider broke. Try again.", True),
+    ({ModelBehaviorError}, "The AI provider's answer was not understood. Try again.", True),
+    ({EmptyReply}, "The AI provider's reply was empty. Try again.", True),
+    ({*range(500, 600)}, "The AI provider is unavailable. Try again later.", True),
+    ({*range(400, 500)}, "The AI provider refused this request. Start a new thread.", False),
 ]
 
 
@@ -336,21 +286,19 @@ class ProviderFault(CustomStreamError):
 
 
 @contextmanager
-def faults_explained(errors: type | tuple = Exception) -> Iterator[None]:
-    """Of these errors, the faults above come out as ProviderFault, their cause in the log. All others pass."""
+def faults_explained(*errors: type[Exception]) -> Iterator[None]:
+    """Of these errors, those in FAULTS come out as ProviderFault, with their cause in the log. All others pass."""
     try:
         yield
-    except CustomStreamError:
-        raise
     except errors as error:
-        causes = [error]  # LiteLLM wraps errors, and the status that tells is not always the outermost
-        while cause := causes[-1].__cause__ or causes[-1].__context__:
-            causes.append(cause)
-        for types, statuses, message, allow_retry in FAULTS:
-            for cause in causes:
-                if isinstance(cause, types) or getattr(cause, "status_code", None) in statuses:
-                    logger.error("%s (%s: %s)", message, type(cause).__name__, redacted(str(cause)))
-                    raise ProviderFault(message, allow_retry=allow_retry) from error
+        cause, signs = error, set()
+        while cause:  # LiteLLM wraps errors, and the status that tells is not always the outermost
+            signs |= {getattr(cause, "status_code", None), *type(cause).__mro__}
+            cause = cause.__cause__ or cause.__context__
+        for fault, message, allow_retry in FAULTS:
+            if fault & signs:
+                logger.error("%s (%s: %s)", message, type(error).__name__, redacted(str(error)))
+                raise ProviderFault(message, allow_retry=allow_retry) from error
         raise
 
 
@@ -366,38 +314,37 @@ class ProviderModel(LitellmModel):
     """LitellmModel with faults explained, and with streams that are timed, fair, and whole or a fault."""
 
     async def _fetch_response(self, *args, **kwargs):
-        with faults_explained(), anyio.fail_after(MODEL_TIMEOUT):
+        with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
             fetched = await super()._fetch_response(*args, **kwargs)
         if not kwargs.get("stream"):
             return fetched
         response, stream = fetched
-        if OLD_LITELLM and stream.make_call:
-            stream.make_call = partial(finite_chunks, stream.make_call)
         return response, self._chunks(stream)
 
     async def _chunks(self, stream: litellm.CustomStreamWrapper) -> AsyncIterator[litellm.ModelResponseStream]:
-        with faults_explained():
+        with faults_explained(Exception):
             try:
                 while True:
                     with anyio.fail_after(MODEL_TIMEOUT):
                         chunk = await anext(stream, None)
                     if chunk is None:
                         break
-                    # LiteLLM hands over buffered chunks without a pause: with a fast provider no other chat
-                    # gets a turn, and nothing of this one is sent, before the reply's end.
+                    # LiteLLM hands over buffered chunks without a pause: with a fast provider no other chat gets a
+                    # turn, and nothing of this one is sent, before the reply's end.
                     await asyncio.sleep(0)
                     yield chunk
             except litellm.exceptions.MidStreamFallbackError as error:
                 if error.is_pre_first_chunk:
                     raise
-                raise BrokenReply(error) from error
+                raise ConnectionResetError(str(error)) from error
             finally:
                 await asyncio.shield(close(stream))  # a second cancellation would leave it half done
             finish_reason = stream.received_finish_reason or stream.intermittent_finish_reason
             if finish_reason == "content_filter":
                 raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
             if finish_reason is None:  # LiteLLM takes the end of any body for the end of a reply
-                raise BrokenReply if stream.response_uptil_now else NoReply
+                ended = "the stream ended before the reply did"
+                raise ConnectionResetError(ended) if stream.response_uptil_now else ModelBehaviorError(ended)
 
 
 async def close(stream: litellm.CustomStreamWrapper) -> None:
@@ -408,34 +355,18 @@ async def close(stream: litellm.CustomStreamWrapper) -> None:
         await lines.aclose()
 
 
-async def finite_chunks(make_call, **options) -> AsyncIterator:
-    """The old LiteLLM's chunks of a Gemini stream, without the None that it returns for ever after a web page."""
-
-    async def finite(chunks: AsyncIterator) -> AsyncIterator:
-        nothing = 0
-        async for chunk in chunks:
-            nothing = nothing + 1 if chunk is None else 0
-            if nothing > 10_000:
-                return
-            if chunk is not None:
-                yield chunk
-
-    return finite(await make_call(**options))
-
-
 model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME)
 
-# ---- Server ----------------------------------------------------------------------------------------------
+# ---- Server ----------------------------------------------------------------------------------------------------------
 
 REQUEST = TypeAdapter(ChatKitReq)
-# What a user of this file has to write before the operation can be served, and the item that it is about.
-ACTION, SYNC_ACTION = "threads.custom_action", "threads.sync_custom_action"
-HANDLERS = {ACTION: "action", SYNC_ACTION: "sync_action", "input.transcribe": "transcribe"}
-ITEM_TYPES = {
-    ACTION: "widget",
-    SYNC_ACTION: "widget",
-    "threads.retry_after_item": "user_message",
-    "threads.add_structured_input": "structured_input",
+Events = AsyncIterator[ThreadStreamEvent]
+OPERATIONS = {  # operation: the method that a user of this file has to write for it, the type of the item it is about
+    "threads.custom_action": ("action", "widget"),
+    "threads.sync_custom_action": ("sync_action", "widget"),
+    "input.transcribe": ("transcribe", None),
+    "threads.retry_after_item": (None, "user_message"),
+    "threads.add_structured_input": (None, "structured_input"),
 }
 
 
@@ -443,8 +374,8 @@ class Converter(ThreadItemConverter):
     """chatkit's converter of thread items to the model's input, with two gaps closed."""
 
     async def assistant_message_to_input(self, item: AssistantMessageItem):
-        # chatkit makes `output_text` parts, which openai-agents refuses on its way to LiteLLM ("Unknown
-        # content"): the second message of every conversation would fail.
+        # chatkit makes `output_text` parts, which openai-agents refuses on its way to LiteLLM ("Unknown content"): the
+        # second message of every conversation would fail.
         text = "".join(part.text for part in item.content)
         return {"type": "message", "role": "assistant", "content": text} if text else None
 
@@ -453,29 +384,22 @@ class Converter(ThreadItemConverter):
 
 
 class RunEvents:
-    """A run for stream_agent_response that can be cancelled while an event is awaited.
+    """A run's events for stream_agent_response, each awaited by a task whose outcome is looked at.
 
-    chatkit's _merge_generators then forgets the task that waits, and asyncio complains of its outcome ("Task
-    exception was never retrieved"). So this makes the task, and looks at its outcome.
+    chatkit's _merge_generators forgets the one that waits when the client leaves, and asyncio complains of what becomes
+    of it ("Task exception was never retrieved").
     """
 
     def __init__(self, result: RunResultStreaming) -> None:
-        self.result = result
         self.events = result.stream_events()
-        self.next: asyncio.Future | None = None
 
     def stream_events(self) -> "RunEvents":
         return self
 
     def __anext__(self) -> asyncio.Future:
-        self.next = asyncio.ensure_future(anext(self.events))
-        return self.next
-
-    def cancel(self) -> None:
-        """End the run, or the provider goes on, and is paid, to the end of the reply."""
-        if self.next:
-            self.next.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self.result.cancel()
+        task = asyncio.ensure_future(anext(self.events))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
 
 
 class ChatKitServerImpl(ChatKitServer[dict]):
@@ -483,9 +407,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         super().__init__(store)
         self.converter = Converter()
         options = {"mock_response": MOCK_REPLY} if PROVIDER == "mock" else {"max_retries": 0}
-        self.agent = Agent[AgentContext](
-            name="Assistant", instructions=INSTRUCTIONS, model=model, model_settings=ModelSettings(extra_args=options)
-        )
+        settings = ModelSettings(extra_args=options)
+        self.agent = Agent[AgentContext]("Assistant", instructions=INSTRUCTIONS, model=model, model_settings=settings)
 
     async def process(self, request: bytes, context: dict) -> StreamingResult | NonStreamingResult:
         """Answer a request. Raises HTTPException (400) or NotFoundError before anything is stored."""
@@ -508,34 +431,28 @@ class ChatKitServerImpl(ChatKitServer[dict]):
             if not condition:
                 raise HTTPException(400, reason)
 
-        kind, params = request.type, request.params
-        handler = HANDLERS.get(kind)
-        handled = not handler or getattr(type(self), handler) is not getattr(ChatKitServer, handler)
-        require(handled, f"{kind} is not supported by this server.")
+        kind, params = request.type, dict(request.params)
+        method, item_type = OPERATIONS.get(kind, (None, None))
+        require(method in {None, *vars(type(self))}, f"{kind} is not supported by this server.")
         require(self.attachment_store or not kind.startswith("attachments."), "Attachments are not configured.")
-        require((getattr(params, "limit", None) or 1) > 0, "limit must be at least 1.")
-
-        thread_id = getattr(params, "thread_id", None)
+        require((params.get("limit") or 1) > 0, "limit must be at least 1.")
+        thread_id, item_id = params.get("thread_id"), params.get("item_id")
         if thread_id is not None:
             await self.store.load_thread(thread_id, context)
-        item_id = getattr(params, "item_id", None)
-        for id in getattr(params, "item_ids", [] if item_id is None else [item_id]):
+        for id in params.get("item_ids", [] if item_id is None else [item_id]):
             item = await self.store.load_item(thread_id, id, context)
-            require(item.type == ITEM_TYPES.get(kind, item.type), f"Item {id} is not a {ITEM_TYPES.get(kind)}.")
-            if kind == "threads.add_structured_input":
-                require(item.status == "pending", f"Item {id} is not pending.")
+            require(item_type in {None, item.type}, f"Item {id} is not a {item_type}.")
+            require(item_type != "structured_input" or item.status == "pending", f"Item {id} is not pending.")
         if kind == "threads.add_client_tool_output":
             newest = await self.store.load_thread_items(thread_id, None, 1, "desc", context)
             pending = [item for item in newest.data if item.type == "client_tool_call" and item.status == "pending"]
             require(pending, "No client tool call is pending in this thread.")
-        if isinstance(message := getattr(params, "input", None), UserMessageInput):
+        if isinstance(message := params.get("input"), UserMessageInput):
             require(message_text(message) or message.attachments, "The message is empty.")
             for attachment_id in message.attachments:
                 await self.store.load_attachment(attachment_id, context)
 
-    async def respond(
-        self, thread: ThreadMetadata, input: UserMessageItem | None, context: dict
-    ) -> AsyncIterator[ThreadStreamEvent]:
+    async def respond(self, thread: ThreadMetadata, input: UserMessageItem | None, context: dict) -> Events:
         """Stream the agent's reply to the thread, which `input` is already stored in.
 
         What was shown of a reply that fails is stored. Raises CustomStreamError with a message for the chat.
@@ -546,45 +463,41 @@ class ChatKitServerImpl(ChatKitServer[dict]):
             raise CustomStreamError(f"This server has no {MISSING_KEY}. Set it, or try PROVIDER=mock.")
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         result = Runner.run_streamed(self.agent, await self.history(thread, context), context=agent_context)
-        run, answered = RunEvents(result), False
-        unfinished: dict[str, ThreadItem] = {}
-        texts: defaultdict[str, str] = defaultdict(str)
-        with faults_explained(TURN_FAULTS):  # the rest, as a bug in a tool, is the server's own
+        events = stream_agent_response(agent_context, RunEvents(result))
+        answered, unfinished, texts = False, {}, defaultdict(str)
+        with faults_explained(*TURN_FAULTS):
             try:
-                async for event in self.with_unique_ids(stream_agent_response(agent_context, run), thread, context):
+                async for event in self.with_unique_ids(events, thread, context):
                     match event:
                         case ThreadItemAddedEvent(item=item):
                             unfinished[item.id] = item
-                        case ThreadItemUpdatedEvent(item_id=item_id, update=update):
-                            texts[item_id] += getattr(update, "delta", "")
+                        case ThreadItemUpdatedEvent(item_id=id, update=update):
+                            texts[id] += getattr(update, "delta", "")
                         case ThreadItemDoneEvent(item=item):
                             unfinished.pop(item.id, None)
                             answered = answered or item.type != "workflow"
-                        case ThreadItemRemovedEvent(item_id=item_id):
-                            unfinished.pop(item_id, None)
+                        case ThreadItemRemovedEvent(item_id=id):
+                            unfinished.pop(id, None)
                     yield event
                 if not answered:
                     raise EmptyReply
             except Exception:
-                for item in unfinished.values():
+                for id, item in unfinished.items():
                     if isinstance(item, AssistantMessageItem):
-                        item.content = [AssistantMessageContent(text=texts[item.id])]
-                    if isinstance(item, AssistantMessageItem | WorkflowItem):
-                        yield ThreadItemDoneEvent(item=item)
+                        item.content = [AssistantMessageContent(text=texts[id])]
+                    yield ThreadItemDoneEvent(item=item)
                 raise
             finally:
-                run.cancel()
-                # chatkit's _merge_generators leaves a queue getter behind ("Task was destroyed"): one more
-                # event, which nobody sees, ends it.
+                result.cancel()  # or the provider goes on, and is paid, to the end of the reply
+                # chatkit's _merge_generators leaves a queue getter behind ("Task was destroyed"): one more event, which
+                # nobody sees, ends it.
                 await agent_context.stream(ProgressUpdateEvent(text=""))
 
-    async def with_unique_ids(
-        self, events: AsyncIterator[ThreadStreamEvent], thread: ThreadMetadata, context: dict
-    ) -> AsyncIterator[ThreadStreamEvent]:
+    async def with_unique_ids(self, events: Events, thread: ThreadMetadata, context: dict) -> Events:
         """The events of one turn, each message and client tool call under an id of its own.
 
-        Through LiteLLM all of them carry openai-agents' placeholder `__fake_id__`, and the next would
-        overwrite the last. Items whose id is the store's (workflows, widgets) keep it.
+        Through LiteLLM all of them carry openai-agents' placeholder `__fake_id__`, and the next would overwrite the
+        last. Items whose id is the store's (workflows, widgets) keep it.
         """
         id_mapping: defaultdict[str, list[str]] = defaultdict(list)  # the model's id -> ours, the newest last
         async for event in events:
@@ -609,16 +522,14 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
         items = page.data[::-1]
         # Some providers refuse a conversation that the assistant begins.
-        from_user = list(dropwhile(lambda item: item.type != "user_message", items))
+        from_user = list(itertools.dropwhile(lambda item: item.type != "user_message", items))
         return await self.converter.to_agent_input(from_user or items)
 
-    async def handle_stream_cancelled(
-        self, thread: ThreadMetadata, pending_items: list[ThreadItem], context: dict
-    ) -> None:
+    async def handle_stream_cancelled(self, thread: ThreadMetadata, pending_items: list, context: dict) -> None:
         """Store what was shown when the client stopped or left: the thoughts here, the text in chatkit."""
         with suppress(NotFoundError):  # the thread was deleted meanwhile
             for item in pending_items:
-                if isinstance(item, WorkflowItem):
+                if item.type == "workflow":
                     await self.store.add_thread_item(thread.id, item, context)
             await super().handle_stream_cancelled(thread, pending_items, context)
 
@@ -628,40 +539,29 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
     return " ".join(" ".join(part.text for part in message.content).split())
 
 
-# ---- Routes ----------------------------------------------------------------------------------------------
+# ---- Routes ----------------------------------------------------------------------------------------------------------
 
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    logger.info("Model: %s", "canned replies (PROVIDER=mock)" if PROVIDER == "mock" else MODEL_NAME)
-    if MISSING_KEY:
-        logger.warning("%s is not set: every chat gets an error. PROVIDER=mock needs no key.", MISSING_KEY)
-    if not TOKENS:
-        logger.warning("CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread.")
-    yield
-
-
-app = FastAPI(title="ChatKit Server", lifespan=lifespan)
+app = FastAPI(title="ChatKit Server")
 app.add_middleware(
     CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
 )
 
 store = MemoryStore()
 server = ChatKitServerImpl(store)
+STILL_WORKING = b"data: " + ProgressUpdateEvent(text="Still working…").model_dump_json().encode() + b"\n\n"
 
 
-def request_context(request: Request) -> dict:
+def request_context(bearer: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> dict:
     """Who is asking, as the Store receives it: put your own login here.
 
     {"user_id": ...} of a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException (401).
     """
-    if not TOKENS:
-        return {}
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    users = [user for token, user in TOKENS.items() if secrets.compare_digest(token.encode(), given.encode())]
-    if scheme.lower() != "bearer" or not users:
+    for token, user in TOKENS.items():
+        if bearer and secrets.compare_digest(token.encode(), bearer.credentials.encode()):
+            return {"user_id": user}
+    if TOKENS:
         raise HTTPException(401, "A valid bearer token is needed.", headers={"WWW-Authenticate": "Bearer"})
-    return {"user_id": users[0]}
+    return {}
 
 
 async def request_body(request: Request) -> bytes:
@@ -677,50 +577,33 @@ async def request_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def sse(event: ThreadStreamEvent) -> bytes:
-    return b"data: " + event.model_dump_json(exclude_none=True).encode() + b"\n\n"
-
-
-STILL_WORKING = sse(ProgressUpdateEvent(text="Still working…"))
-
-
 class EventStream(StreamingResponse):
-    """chatkit's events, read in a task of their own, with a sign of life where they fail to come.
+    """chatkit's events, with a sign of life where they fail to come.
 
-    When the client leaves, Starlette drops the response wherever it is, mostly where it sends. chatkit stores
-    what was shown only if the cancellation reaches it where it waits for the model: this task waits nowhere else.
+    When the client leaves, Starlette cancels the stream wherever it is. Where it sends, chatkit would not hear of it,
+    and not store what was shown: so it is cancelled only where it waits for chatkit.
     """
 
-    def __init__(self, result: StreamingResult) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self.events(), media_type="text/event-stream", headers=headers)
-        self.queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.reader = asyncio.create_task(self.read(result))
+    async def stream_response(self, send) -> None:
+        sent = time.monotonic()
 
-    async def read(self, result: StreamingResult) -> None:
+        async def send_whole(message: dict) -> None:
+            nonlocal sent
+            sent = time.monotonic()
+            with anyio.CancelScope(shield=True):
+                await send(message)
+
+        async def signs_of_life() -> None:
+            while True:
+                await asyncio.sleep(sent + SILENCE_SECONDS - time.monotonic())
+                if time.monotonic() >= sent + SILENCE_SECONDS:
+                    await send_whole({"type": "http.response.body", "body": STILL_WORKING, "more_body": True})
+
+        alive = asyncio.create_task(signs_of_life())
         try:
-            async for event in result:
-                self.queue.put_nowait(event)
-        except Exception:  # chatkit has logged it
-            self.queue.put_nowait(sse(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True)))
+            await super().stream_response(send_whole)
         finally:
-            self.queue.put_nowait(None)
-
-    async def events(self) -> AsyncIterator[bytes]:
-        event = b""
-        while event is not None:
-            event = STILL_WORKING
-            with anyio.move_on_after(SILENCE_SECONDS):
-                event = await self.queue.get()
-            if event:
-                yield event
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.reader.cancel()
-            await asyncio.wait([self.reader])
+            alive.cancel()
 
 
 @app.exception_handler(NotFoundError)
@@ -732,7 +615,8 @@ async def not_found(request: Request, error: NotFoundError):
 async def chatkit_endpoint(request: Request, context: dict = Depends(request_context)):
     result = await server.process(await request_body(request), context)
     if isinstance(result, StreamingResult):
-        return EventStream(result)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return EventStream(result, media_type="text/event-stream", headers=headers)
     return Response(content=result.json, media_type="application/json")
 
 
@@ -744,11 +628,9 @@ async def health():
 @app.get("/debug/threads")
 async def debug_threads(context: dict = Depends(request_context)):
     result = {}
-    for thread_id, state in store._threads.items():
-        if state.owner != owner(context):
-            continue
+    for thread_id in store._rows("Thread", context).ids:
         items = []
-        for item in state.items:
+        for item in store._threads[thread_id].items:
             item_data = {"id": item.id, "type": type(item).__name__}
             if hasattr(item, "content") and item.content:
                 item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
@@ -757,7 +639,12 @@ async def debug_threads(context: dict = Depends(request_context)):
     return result
 
 
-# ---- Start -----------------------------------------------------------------------------------------------
+# ---- Start -----------------------------------------------------------------------------------------------------------
+
+if MISSING_KEY:
+    logger.warning("%s is not set: every chat gets an error. PROVIDER=mock needs no key.", MISSING_KEY)
+if not TOKENS:
+    logger.warning("CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread.")
 
 if __name__ == "__main__":
     import uvicorn

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
-def load_main(folder: Path):
-    """main.py as a module of this process: a copy, with no .env beside it, and PROVIDER=mock."""
+def load_main(folder: Path, settings: dict[str, str] = {}):
+    """main.py as a module of this process: a copy, with no .env beside it, and PROVIDER=mock unless set."""
     (folder / "backend").mkdir(parents=True)
     path = shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py")
     spec = importlib.util.spec_from_file_location("main", path)
@@ -29,7 +29,7 @@ def load_main(folder: Path):
     environment = dict(os.environ)
     try:
         os.environ.clear()
-        os.environ.update({"PATH": environment["PATH"], "HOME": str(folder), "PROVIDER": "mock"})
+        os.environ.update({"PATH": environment["PATH"], "HOME": str(folder), "PROVIDER": "mock", **settings})
         spec.loader.exec_module(module)
     finally:
         os.environ.clear()

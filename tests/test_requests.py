@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 from client import Chat, done, memory, message, text_of
-from provider import ToolCall
+from provider import Failure, ToolCall
 
 NO_TRACE = ("Traceback", "Exception", "ERROR")
 
@@ -146,10 +146,11 @@ def test_a_client_that_leaves_in_the_middle_of_its_request(server):
         Chat(server.url).say("hello")
 
 
-def test_paging_always_ends(server):
+def test_paging_always_ends(server, provider):
     chat = Chat(server.url)
-    for text in ("one", "two", "three"):
-        chat.say(text)
+    for number in range(6):
+        provider.script[f"message {number}"] = [[Failure("rate")]]
+        chat.say(f"message {number}")
     for limit in (0, 1, 2, 1000, 10**30):
         seen, after = [], None
         while True:

@@ -65,6 +65,51 @@ async def test_leaving_between_two_chunks(main, provider, name):
     assert await asyncio.to_thread(request.closed.wait, 1)
 
 
+async def test_leaving_while_something_is_sent(main):
+    """Starlette cancels the stream where it sends, and chatkit's generator is dropped without a word."""
+    sends, heard = asyncio.Event(), []
+
+    async def events():
+        try:
+            yield b"data: {}\n\n"
+            await asyncio.Event().wait()
+        except BaseException as error:
+            heard.append(type(error))
+            raise
+
+    async def receive() -> dict:
+        await sends.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.body":
+            sends.set()
+            for _ in range(10):  # meanwhile the client is noticed to have left
+                await asyncio.sleep(0)
+
+    await main.EventStream(events())({"type": "http"}, receive, send)
+    assert heard == [asyncio.CancelledError]
+
+
+async def test_a_type_adapter_per_request(main, monkeypatch):
+    """chatkit's process makes one for every request, which takes some 20 ms."""
+    monkeypatch.delattr("chatkit.server.TypeAdapter")
+    result = await main.server.process(b'{"type": "threads.list", "params": {}}', {})
+    assert result.json == b'{"data":[],"has_more":false}'
+
+
+async def test_a_forgotten_task(customised, provider):
+    """chatkit's _merge_generators: "Task exception was never retrieved", once the task is collected."""
+    provider.script["go"] = [[Text("one "), Silence()]]
+    with customised.no_new("never retrieved"):
+        for _ in range(5):
+            stream = Chat(customised.url).start("go")
+            next(event for event in stream if event.type == "thread.item.updated")
+            stream.close()
+            assert provider.requests[-1].closed.wait(5)
+            assert httpx.get(f"{customised.url}/collect").status_code == 200
+
+
 async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
     """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
     provider.script["fail"] = [[Failure("rate")]]
