@@ -417,7 +417,7 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, problem["loc"]))
-            raise HTTPException(400, f"{place}: {problem['msg']}".removeprefix(": ")[:300]) from None
+            raise HTTPException(400, f"{place}: {problem['msg']}".lstrip(": ")[:300]) from None
         await self.check(parsed, context)
         # Not super().process(), which makes the TypeAdapter anew, some 20 ms, for every request.
         if is_streaming_req(parsed):
@@ -527,7 +527,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
 
     async def handle_stream_cancelled(self, thread: ThreadMetadata, pending_items: list, context: dict) -> None:
         """Store what was shown when the client stopped or left: the thoughts here, the text in chatkit."""
-        with suppress(NotFoundError):  # the thread was deleted meanwhile
+        # The shield is for Starlette, which goes on cancelling; nothing is found when the thread was deleted meanwhile.
+        with anyio.CancelScope(shield=True), suppress(NotFoundError):
             for item in pending_items:
                 if item.type == "workflow":
                     await self.store.add_thread_item(thread.id, item, context)
