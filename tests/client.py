@@ -1,5 +1,6 @@
 """What the tests drive the server with: its process, and a small ChatKit client."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -203,3 +204,12 @@ def deltas(events: list, item_id: str) -> str:
     """An assistant message's text as its deltas rebuild it."""
     updates = [event.update for event in events if event.type == "thread.item.updated" and event.item_id == item_id]
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
+
+
+async def until(true, seconds: float = 5) -> None:
+    """Poll something over HTTP that tells of no event."""
+    for _ in range(int(seconds / 0.02)):
+        if true():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come true")

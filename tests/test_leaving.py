@@ -7,11 +7,10 @@ from itertools import count
 
 import httpx
 import pytest
-from client import Chat, done, memory, message, text_of
+from client import Chat, done, memory, message, text_of, until
 from provider import Pause, Silence, Text, Thought, ToolCall
 
 pytestmark = pytest.mark.anyio
-COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR")
 
 
 def leave_after(chat: Chat, text: str, enough) -> list:
@@ -34,7 +33,7 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
     """The provider's connection is closed within a second, the text shown is stored, the thread goes on."""
     first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
     second = [Text("three "), Text("four "), Text("five"), Silence()]
-    with customised.no_new(*COMPLAINTS):
+    with customised.no_new("ASGI", "Unclosed"):
         for place in range(2, 14):
             provider.script["go"] = [first, second]
             provider.requests.clear()
@@ -50,19 +49,10 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
 
 
-async def until(true, seconds: float = 5) -> None:
-    """Poll something over HTTP that tells of no event."""
-    for _ in range(int(seconds / 0.02)):
-        if true():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come true")
-
-
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
     """No token comes, so nothing is sent: the client's leaving must be noticed all the same."""
     provider.script["quiet"] = [[Silence()]]
-    with server.no_new(*COMPLAINTS):
+    with server.no_new("ASGI", "Unclosed"):
         leave_after(chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5))
         (request,) = provider.requests
         assert request.closed.wait(1) and not request.complete
@@ -105,7 +95,7 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
         assert await many(server.url, texts, leave=True) == ["left"] * 25
         await until(lambda: not provider.open())
 
-    with server.no_new(*COMPLAINTS):
+    with server.no_new("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR"):
         for number in range(5):  # until the allocator has what it keeps
             await cancel(number)
         before = memory(server)
@@ -123,7 +113,7 @@ async def test_two_hundred_chats_at_once(servers, provider):
     texts = [f"chat number {number} of many" for number in range(200)]
     for text in texts:
         provider.script[text] = [[Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]]
-    with server.no_new(*COMPLAINTS):
+    with server.no_new("ASGI", "Unclosed", "ERROR"):
         assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
 
 

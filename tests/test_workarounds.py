@@ -9,7 +9,7 @@ import re
 import httpx
 import pytest
 from agents import ModelSettings, ModelTracing
-from client import Chat, error_of
+from client import Chat, error_of, until
 from provider import Failure, Silence, Text, Together
 
 pytestmark = pytest.mark.anyio
@@ -101,18 +101,21 @@ async def test_a_type_adapter_per_request(main, monkeypatch):
 async def test_a_forgotten_task(customised, provider):
     """chatkit's _merge_generators: "Task exception was never retrieved", once the task is collected."""
     provider.script["go"] = [[Text("one "), Silence()]]
+    httpx.get(f"{customised.url}/collect")
     with customised.no_new("never retrieved"):
         for _ in range(5):
-            stream = Chat(customised.url).start("go")
+            chat = Chat(customised.url)
+            stream = chat.start("go")
             next(event for event in stream if event.type == "thread.item.updated")
             stream.close()
-            assert provider.requests[-1].closed.wait(5)
+            await until(lambda: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
             assert httpx.get(f"{customised.url}/collect").status_code == 200
 
 
 async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
     """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
     provider.script["fail"] = [[Failure("rate")]]
+    httpx.get(f"{customised.url}/collect")
     with customised.no_new("was destroyed"):
         for _ in range(5):
             error_of(custom_chat.say("fail"))
