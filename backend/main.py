@@ -244,7 +244,7 @@ MISSING_KEY = next((name for name in reversed(needed) if name.endswith("_API_KEY
 if tuple(map(int, version("litellm").split(".")[:2])) < (1, 106):
     from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
 
-    # A connection that broke counts as the end of the reply, unless the transport is httpx's, which is slower.
+    # A connection that broke counts as the end of the reply, and one that is left stays open, but for httpx, the slower.
     litellm.disable_aiohttp_transport = True
 
     # After a web page in a Gemini stream's place it asks itself for the rest for ever, and nobody else gets a turn.
@@ -338,7 +338,7 @@ class ProviderModel(LitellmModel):
                     raise
                 raise ConnectionResetError(str(error)) from error
             finally:
-                await asyncio.shield(close(stream))  # a second cancellation would leave it half done
+                await close(stream)
             finish_reason = stream.received_finish_reason or stream.intermittent_finish_reason
             if finish_reason == "content_filter":
                 raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
@@ -355,7 +355,7 @@ async def close(stream: litellm.CustomStreamWrapper) -> None:
         await lines.aclose()
 
 
-model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME)
+model = ProviderModel(model=MODEL_NAME)
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
 

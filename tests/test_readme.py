@@ -1,8 +1,10 @@
 """The README's commands and what it says of names and files."""
 
+import io
 import json
 import re
 import shlex
+import tokenize
 
 import httpx
 from client import EVENT, ROOT
@@ -45,6 +47,19 @@ def test_every_workaround_has_its_test():
     assert len(rows) > 10
     for _, _, test in rows:
         assert f"def {re.search(r'`(test_[a-z_0-9]+)', test)[1]}(" in tests, test
+
+
+def test_the_file_is_as_long_as_it_says():
+    """Lines of code: without comments, docstrings and blank lines."""
+    source = (ROOT / "backend" / "main.py").read_text()
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
+            if not (token.string.startswith('"""') and token.line.strip().startswith('"""')):
+                code.update(range(token.start[0], token.end[0] + 1))
+    said = [int(number) for number in re.search(r"(\d+) lines of code and (\d+)", README).groups()]
+    assert len(code) <= said[0] <= 450
+    assert abs(source.count("\n") - sum(said)) < 10
 
 
 def test_what_it_names_is_there():
