@@ -1,4 +1,4 @@
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from client import ROOT, Chat, Server, load_main
@@ -45,11 +45,11 @@ def fresh_script(request):
 TESTS = ROOT / "tests"
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
-    **{name: {"PROVIDER": name} for name in PROVIDERS},
     **{
         f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.2", "SILENCE_SECONDS": "0.3"}
         for name in PROVIDERS
     },
+    **{name: {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
         "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
@@ -70,30 +70,31 @@ PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "
 @pytest.fixture(scope="session")
 def servers(request, provider, tmp_path_factory):
     """servers(name): the server of that name, started."""
-    running: dict[str, Server] = {}
+    running: dict[str, Future[Server]] = {}
     database = tmp_path_factory.mktemp("database") / "chat.sqlite"
 
-    def launch(name: str) -> Server:
+    def launched(name: str) -> Server:
         folder = tmp_path_factory.mktemp(name)
         if name == "env_file":
             (folder / ".env").write_text("PROVIDER=mock\nPORT=1\nMODEL=\n")
         program = PROGRAMS.get(name.partition("_")[0])
         environment = {**provider.environment(), "DATABASE": str(database), **SERVERS[name]}
-        return Server(folder, environment, program and TESTS / program)
+        return Server(folder, environment, program and TESTS / program).started()
 
-    def start(name: str) -> Server:
-        if name not in running:
-            running[name] = launch(name)
-        return running[name].started()
+    with ThreadPoolExecutor(2) as pool:
 
-    # Importing LiteLLM takes seconds: for the whole suite all servers start side by side.
-    if len(request.session.items) > 200:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(start, SERVERS))
-    yield start
-    with ThreadPoolExecutor(len(running) or 1) as pool:
-        list(pool.map(Server.stop, running.values()))
-    for name, server in running.items():
+        def start(name: str) -> Server:
+            if name not in running:
+                running[name] = pool.submit(launched, name)
+            return running[name].result()
+
+        # Importing LiteLLM takes seconds: in a run of the whole suite the servers start while the first tests run.
+        if len(request.session.items) > 200:
+            running.update((name, pool.submit(launched, name)) for name in SERVERS)
+        yield start
+        all_running = {name: future.result() for name, future in running.items()}
+        list(pool.map(Server.stop, all_running.values()))
+    for name, server in all_running.items():
         for text in ("OUTSIDE", "Unclosed", "Give Feedback", "Provider List"):
             assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
