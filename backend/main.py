@@ -51,9 +51,10 @@ from chatkit.errors import CustomStreamError
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, Page, ProgressUpdateEvent,
-    ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent, ThreadItemUpdatedEvent,
-    ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req,
+    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, Page,
+    ProgressUpdateEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent,
+    ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem,
+    UserMessageTagContent, is_streaming_req,
 )  # fmt: skip
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -90,7 +91,8 @@ MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds of a m
 HOST = setting("HOST", "0.0.0.0")
 PORT = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
 ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").split(",")]
-USERS = [entry.split(":") for entry in setting("CHATKIT_TOKENS", "").replace(" ", "").split(",") if entry]
+tokens = setting("CHATKIT_TOKENS", "").replace(" ", "")
+USERS = [entry.split(":") for entry in tokens.split(",")] if tokens else []
 TOKENS = {entry[-1]: entry[0] for entry in USERS}  # token -> user
 if len(TOKENS) < len(USERS) or not all(len(entry) == 2 and all(entry) for entry in USERS):
     raise SystemExit("CHATKIT_TOKENS is not of the form user:token,user:token, each token once.")
@@ -221,7 +223,8 @@ class MemoryStore(Store[dict]):
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
 # What MODEL=auto stands for. The template's gemini-2.0-flash and claude-3-sonnet-20240229 are shut down.
-DEFAULT_MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6", "mock": "gpt-4o"}
+DEFAULT_MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6"}
+DEFAULT_MODELS["mock"] = DEFAULT_MODELS["openai"]
 
 
 def litellm_name(provider: str, model: str) -> str:
@@ -244,10 +247,10 @@ MISSING_KEY = next((name for name in reversed(needed) if name.endswith("_API_KEY
 if tuple(map(int, version("litellm").split(".")[:2])) < (1, 106):
     from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
 
-    # A connection that broke counts as the end of the reply, and one that is left stays open, but for httpx, the slower.
+    # Over aiohttp a broken connection counts as the end of the reply, and an abandoned one stays open; httpx is slower.
     litellm.disable_aiohttp_transport = True
 
-    # After a web page in a Gemini stream's place it asks itself for the rest for ever, and nobody else gets a turn.
+    # At the end of a web page in a Gemini stream's place it waits for the rest for ever, and nobody else gets a turn.
     def accumulated(self, chunk: str, accumulate=ModelResponseIterator.handle_accumulated_json_chunk):
         if not chunk:
             raise StopAsyncIteration
@@ -552,7 +555,7 @@ server = ChatKitServerImpl(store)
 STILL_WORKING = b"data: " + ProgressUpdateEvent(text="Still working…").model_dump_json().encode() + b"\n\n"
 
 
-def request_context(bearer: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> dict:
+async def request_context(bearer: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> dict:
     """Who is asking, as the Store receives it: put your own login here.
 
     {"user_id": ...} of a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException (401).

@@ -21,6 +21,7 @@ UNUSABLE = [
     ({"CHATKIT_TOKENS": "alice:a,bob:a"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,bob:"}, "CHATKIT_TOKENS"),
+    ({"CHATKIT_TOKENS": " , "}, "CHATKIT_TOKENS"),
 ]
 
 
