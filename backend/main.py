@@ -358,7 +358,8 @@ async def close(stream: litellm.CustomStreamWrapper) -> None:
         await lines.aclose()
 
 
-model = ProviderModel(model=MODEL_NAME)
+# LiteLLM gives a canned reply no finish reason.
+model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME)
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
 

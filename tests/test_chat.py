@@ -22,6 +22,7 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
     for colour in ("red", "blue"):
         events += chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result=colour)
 
+    assert "error" not in [event.type for event in events]
     stored = chat.items()
     streamed = [event.item for event in events if event.type == "thread.item.done"]
     assert [item["id"] for item in stored] == [item.id for item in streamed]

@@ -28,7 +28,7 @@ def test_the_curl_answers_as_shown(servers):
     assert response.status_code == 200
     answered = [json.loads(line[6:]) for line in response.text.splitlines() if line]
     for event in answered:
-        EVENT.validate_python(event)
+        assert EVENT.validate_python(event).type != "error"
     assert response.text.startswith("data: ") and response.text.endswith("\n\n")
     position = 0
     for line in filter(None, output.splitlines()):

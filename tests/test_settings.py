@@ -68,8 +68,10 @@ def test_mock_needs_neither_key_nor_network(servers, provider):
     """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock stands in .env."""
     chat = Chat(servers("env_file").url)
     for _ in range(2):
-        (reply,) = done(chat.say("hello"))
+        events = chat.say("hello")
+        (reply,) = done(events)
         assert "PROVIDER=mock" in text_of(reply)
+        assert "error" not in [event.type for event in events]
     assert len(chat.items()) == 4 and provider.requests == []
 
 
