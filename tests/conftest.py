@@ -92,7 +92,7 @@ def servers(request, provider, tmp_path_factory):
         if len(request.session.items) > 200:
             running.update((name, pool.submit(launched, name)) for name in SERVERS)
         yield start
-        all_running = {name: future.result() for name, future in running.items()}
+        all_running = {name: future.result() for name, future in running.items() if not future.exception()}
         list(pool.map(Server.stop, all_running.values()))
     for name, server in all_running.items():
         for text in ("OUTSIDE", "Unclosed", "Give Feedback", "Provider List"):
