@@ -1,4 +1,4 @@
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 from client import ROOT, Chat, Server, load_main
@@ -46,7 +46,7 @@ TESTS = ROOT / "tests"
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
     **{
-        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.2", "SILENCE_SECONDS": "0.3"}
+        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
         for name in PROVIDERS
     },
     **{name: {"PROVIDER": name} for name in PROVIDERS},
@@ -88,9 +88,10 @@ def servers(request, provider, tmp_path_factory):
                 running[name] = pool.submit(launched, name)
             return running[name].result()
 
-        # Importing LiteLLM takes seconds: in a run of the whole suite the servers start while the first tests run.
+        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side.
         if len(request.session.items) > 200:
             running.update((name, pool.submit(launched, name)) for name in SERVERS)
+            wait(running.values())
         yield start
         all_running = {name: future.result() for name, future in running.items() if not future.exception()}
         list(pool.map(Server.stop, all_running.values()))
