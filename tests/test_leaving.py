@@ -92,7 +92,7 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
     async def cancel(number: int) -> None:
         texts = [f"cancel {number} {chat}" for chat in range(25)]
         provider.script.update((text, endless) for text in texts)
-        assert await many(server.url, texts, leave=True) == ["left"] * 25
+        assert await many(server.url, texts, leave=True) == ["left"] * 25, server.log[-30:]
         await until(lambda: not provider.open())
 
     with server.no_new("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR"):
