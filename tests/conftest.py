@@ -94,9 +94,11 @@ def servers(request, provider, tmp_path_factory):
             wait(running.values())
         yield start
         all_running = {name: future.result() for name, future in running.items() if not future.exception()}
-        list(pool.map(Server.stop, all_running.values()))
+        codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
+    # Only main.py run as a program turns the signal into an exit code of 0.
+    assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes
     for name, server in all_running.items():
-        for text in ("OUTSIDE", "Unclosed", "Give Feedback", "Provider List"):
+        for text in ("OUTSIDE", "never retrieved", "was destroyed", "Unclosed", "Give Feedback", "Provider List"):
             assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 

@@ -54,8 +54,7 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
     assert provider.requests[-1].format.instructions(provider.requests[-1].body) == "You are a helpful assistant."
 
 
-@pytest.mark.parametrize("provider_name", ["gemini"])
-def test_a_long_conversation_keeps_its_newest_part(chat, provider, provider_name):
+def test_a_long_conversation_keeps_its_newest_part(chat, provider):
     for number in range(110):
         chat.say(f"turn {number}")
     told = provider.requests[-1].messages

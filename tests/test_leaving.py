@@ -11,6 +11,7 @@ from client import Chat, done, memory, message, text_of, until
 from provider import Pause, Silence, Text, Thought, ToolCall
 
 pytestmark = pytest.mark.anyio
+COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR")
 
 
 def leave_after(chat: Chat, text: str, enough) -> list:
@@ -33,7 +34,7 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
     """The provider's connection is closed within a second, the text shown is stored, the thread goes on."""
     first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
     second = [Text("three "), Text("four "), Text("five"), Silence()]
-    with customised.no_new("ASGI", "Unclosed"):
+    with customised.no_new(*COMPLAINTS):
         for place in range(2, 14):
             provider.script["go"] = [first, second]
             provider.requests.clear()
@@ -52,7 +53,7 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
     """No token comes, so nothing is sent: the client's leaving must be noticed all the same."""
     provider.script["quiet"] = [[Silence()]]
-    with server.no_new("ASGI", "Unclosed"):
+    with server.no_new(*COMPLAINTS):
         leave_after(chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5))
         (request,) = provider.requests
         assert request.closed.wait(1) and not request.complete
@@ -95,7 +96,7 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
         assert await many(server.url, texts, leave=True) == ["left"] * 25, server.log[-30:]
         await until(lambda: not provider.open())
 
-    with server.no_new("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR"):
+    with server.no_new(*COMPLAINTS):
         for number in range(5):  # until the allocator has what it keeps
             await cancel(number)
         before = memory(server)
@@ -113,7 +114,7 @@ async def test_two_hundred_chats_at_once(servers, provider):
     texts = [f"chat number {number} of many" for number in range(200)]
     for text in texts:
         provider.script[text] = [[Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]]
-    with server.no_new("ASGI", "Unclosed", "ERROR"):
+    with server.no_new(*COMPLAINTS):
         assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
 
 
