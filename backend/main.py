@@ -27,7 +27,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -47,11 +47,11 @@ from agents import Agent, ModelBehaviorError, ModelRefusalError, ModelSettings, 
 from agents import InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
 from agents.extensions.models.litellm_model import LitellmModel
 from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
-from chatkit.errors import CustomStreamError
+from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, Page,
+    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, ErrorEvent, Page,
     ProgressUpdateEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent, ThreadItemRemovedEvent,
     ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput, UserMessageItem,
     UserMessageTagContent, is_streaming_req,
@@ -82,7 +82,7 @@ def setting(name: str, default: str, kind: type = str):
     try:
         return TypeAdapter(kind).validate_python(os.getenv(name, "").strip() or default)
     except ValidationError as error:
-        raise SystemExit(f"{name}: {error.errors()[0]['msg']}.") from None
+        raise SystemExit(f"{name}={os.environ[name]!r}: {error.errors()[0]['msg']}.") from None
 
 
 PROVIDER = setting("PROVIDER", "gemini").lower()
@@ -115,10 +115,6 @@ class Rows:
         self.kind, self.adapter = kind, KINDS[kind]
         self.rows: dict[str, tuple[int, bytes]] = {}  # id -> (number, JSON)
         self.ids: list[str] = []  # by number
-
-    @property
-    def items(self) -> list:
-        return [self.load(id) for id in self.ids]
 
     def find(self, id: str) -> tuple[int, bytes]:
         if id not in self.rows:
@@ -319,10 +315,7 @@ class ProviderModel(LitellmModel):
     async def _fetch_response(self, *args, **kwargs):
         with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
             fetched = await super()._fetch_response(*args, **kwargs)
-        if not kwargs.get("stream"):
-            return fetched
-        response, stream = fetched
-        return response, self._chunks(stream)
+        return (fetched[0], self._chunks(fetched[1])) if kwargs.get("stream") else fetched
 
     async def _chunks(self, stream: litellm.CustomStreamWrapper) -> AsyncIterator[litellm.ModelResponseStream]:
         with faults_explained(Exception):
@@ -523,8 +516,7 @@ class ChatKitServerImpl(ChatKitServer[dict]):
 
     async def history(self, thread: ThreadMetadata, context: dict) -> list:
         """The model's input: the thread's newest items, oldest first, from a user message on."""
-        page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
-        items = page.data[::-1]
+        items = (await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)).data[::-1]
         # Some providers refuse a conversation that the assistant begins.
         from_user = list(itertools.dropwhile(lambda item: item.type != "user_message", items))
         return await self.converter.to_agent_input(from_user or items)
@@ -546,14 +538,25 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
 
-app = FastAPI(title="ChatKit Server")
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    logger.info("PROVIDER=%s, model %s", PROVIDER, MODEL_NAME)
+    if MISSING_KEY:
+        logger.warning("%s is not set: every chat gets an error. PROVIDER=mock needs no key.", MISSING_KEY)
+    if not TOKENS:
+        logger.warning("CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread.")
+    yield
+
+
+app = FastAPI(title="ChatKit Server", lifespan=lifespan)
 app.add_middleware(
     CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
 )
 
 store = MemoryStore()
 server = ChatKitServerImpl(store)
-STILL_WORKING = b"data: " + ProgressUpdateEvent(text="Still working…").model_dump_json().encode() + b"\n\n"
+STILL_WORKING = b"data: %s\n\n" % ProgressUpdateEvent(text="Still working…").model_dump_json().encode()
+BROKEN_OFF = b"data: %s\n\n" % ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True).model_dump_json().encode()
 
 
 async def request_context(bearer: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> dict:
@@ -583,7 +586,7 @@ async def request_body(request: Request) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """chatkit's events, with a sign of life where they fail to come.
+    """chatkit's events, with a sign of life where they fail to come, and an error event where they break off.
 
     When the client leaves, Starlette cancels the stream wherever it is. Where it sends, chatkit would not hear of it,
     and not store what was shown: so it is cancelled only where it waits for chatkit.
@@ -607,6 +610,8 @@ class EventStream(StreamingResponse):
         alive = asyncio.create_task(signs_of_life())
         try:
             await super().stream_response(send_whole)
+        except Exception:  # chatkit has logged it, but tells the client of a turn's errors only
+            await send_whole({"type": "http.response.body", "body": BROKEN_OFF})
         finally:
             alive.cancel()
 
@@ -634,8 +639,8 @@ async def health():
 async def debug_threads(context: dict = Depends(request_context)):
     result = {}
     for thread_id in store._rows("Thread", context).ids:
-        items = []
-        for item in store._threads[thread_id].items:
+        rows, items = store._threads[thread_id], []
+        for item in map(rows.load, rows.ids):
             item_data = {"id": item.id, "type": type(item).__name__}
             if hasattr(item, "content") and item.content:
                 item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
@@ -645,11 +650,6 @@ async def debug_threads(context: dict = Depends(request_context)):
 
 
 # ---- Start -----------------------------------------------------------------------------------------------------------
-
-if MISSING_KEY:
-    logger.warning("%s is not set: every chat gets an error. PROVIDER=mock needs no key.", MISSING_KEY)
-if not TOKENS:
-    logger.warning("CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread.")
 
 if __name__ == "__main__":
     import uvicorn

@@ -84,6 +84,15 @@ async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
 main.server.agent.tools += [clock, pick_colour, show_card, broken, broken_database, slow]
 main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
 main.server.agent.output_guardrails.append(no_secrets)
+
+
+async def add_thread_item(thread_id, item, context, add=main.store.add_thread_item):
+    if "more than the disk holds" in str(item):
+        raise OSError("the disk is full")
+    await add(thread_id, item, context)
+
+
+main.store.add_thread_item = add_thread_item
 main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
 
 

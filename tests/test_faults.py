@@ -152,6 +152,17 @@ def test_a_bug_in_a_tool_is_the_servers_own(custom_chat, customised, provider, t
     assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
 
 
+def test_a_store_that_fails(custom_chat, customised, provider):
+    """chatkit tells the client of what goes wrong in a turn; while the message is stored, it breaks the stream off."""
+    provider.script["go"] = [[Text("more than the disk holds")]]
+    for text, kept in ("more than the disk holds", []), ("go", ["go"]):
+        error = error_of(custom_chat.say(text))
+        assert (error.code, error.message, error.allow_retry) == ("stream.error", None, True)
+        assert [text_of(item) for item in custom_chat.items()] == kept
+    assert "Traceback" in customised.wait_for("OSError: the disk is full")
+    assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
+
+
 def test_a_long_silence_does_not_look_dead(custom_chat, provider):
     """Proxies cut idle streams: chatkit's progress_update comes after each silent stretch."""
     silence = Silence()

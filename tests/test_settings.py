@@ -12,11 +12,11 @@ from client import ROOT, Chat, Server, done, error_of, load_main, text_of
 UNUSABLE = [
     ({"PROVIDER": "gemni"}, "PROVIDER='gemni' is none of gemini, openai, anthropic, mock."),
     ({"PROVIDER": "groq"}, "needs MODEL"),
-    ({"PORT": "http"}, "PORT: Input should be a valid integer"),
-    ({"PORT": "99999"}, "PORT: Input should be less than 65536."),
-    ({"PORT": "0"}, "PORT: Input should be greater than 0."),
-    ({"MODEL_TIMEOUT": "-1"}, "MODEL_TIMEOUT: Input should be greater than 0."),
-    ({"MODEL_TIMEOUT": "nan"}, "MODEL_TIMEOUT: Input should be greater than 0."),
+    ({"PORT": "http"}, "PORT='http': Input should be a valid integer"),
+    ({"PORT": "99999"}, "PORT='99999': Input should be less than 65536."),
+    ({"PORT": "0"}, "PORT='0': Input should be greater than 0."),
+    ({"MODEL_TIMEOUT": "-1"}, "MODEL_TIMEOUT='-1': Input should be greater than 0."),
+    ({"MODEL_TIMEOUT": "nan"}, "MODEL_TIMEOUT='nan': Input should be greater than 0."),
     ({"CHATKIT_TOKENS": "alice"}, "CHATKIT_TOKENS is not of the form user:token,user:token, each token once."),
     ({"CHATKIT_TOKENS": "alice:a,bob:a"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
@@ -38,7 +38,7 @@ def test_an_unusable_port_as_an_operator_sees_it(tmp_path):
     server = Server(tmp_path, {"PROVIDER": "mock", "PORT": "99999"})
     assert server.process.wait(60) == 1
     server.reader.join(10)
-    assert server.log == ["PORT: Input should be less than 65536.", "(end of log)"]
+    assert server.log == ["PORT='99999': Input should be less than 65536.", "(end of log)"]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,9 @@ def test_without_a_key_the_provider_is_never_called(bare, provider):
 
 def test_the_log_of_a_start(bare):
     log = "\n".join(bare.log)
-    assert log.count("GEMINI_API_KEY is not set") == 1
-    assert log.count("anyone who can reach this port can read every thread") == 1
+    assert bare.log.count("INFO:     PROVIDER=gemini, model gemini/gemini-flash-latest") == 1
+    assert log.count("WARNING:  GEMINI_API_KEY is not set") == 1
+    assert log.count("WARNING:  CHATKIT_TOKENS is not set: anyone who can reach this port can read") == 1
     assert log.count("Started server process") == 1
     for noise in ("Traceback", "OUTSIDE", "Give Feedback", "Provider List", "tracing"):
         assert noise not in log
