@@ -334,7 +334,7 @@ class ProviderModel(LitellmModel):
                     raise
                 raise ConnectionResetError(str(error)) from error
             finally:
-                await asyncio.shield(close(stream))  # a second cancellation would leave it half done
+                await asyncio.shield(close(stream))  # openai-agents may cancel a run twice
             finish_reason = stream.received_finish_reason or stream.intermittent_finish_reason
             if finish_reason == "content_filter":
                 raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)

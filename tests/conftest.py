@@ -55,9 +55,9 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
         "ALLOWED_ORIGINS": "https://app.example, https://other.example",
     },
-    # Blank variables as docker compose leaves them, and a hosting platform's WEB_CONCURRENCY.
-    "no_key": dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), "")
-    | {"WEB_CONCURRENCY": "4"},
+    # Blank variables, as docker compose leaves them.
+    "no_key": dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""),
+    "workers": {"PROVIDER": "mock", "WEB_CONCURRENCY": "4"},
     "env_file": {},
     "sqlite_1": {"PROVIDER": "openai"},
     "sqlite_2": {"PROVIDER": "openai"},

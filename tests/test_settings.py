@@ -60,9 +60,14 @@ def test_the_log_of_a_start(bare):
     assert bare.log.count("INFO:     PROVIDER=gemini, model gemini/gemini-flash-latest") == 1
     assert log.count("WARNING:  GEMINI_API_KEY is not set") == 1
     assert log.count("WARNING:  CHATKIT_TOKENS is not set: anyone who can reach this port can read") == 1
-    assert log.count("Started server process") == 1
     for noise in ("Traceback", "OUTSIDE", "Give Feedback", "Provider List", "tracing"):
         assert noise not in log
+
+
+def test_one_worker_whatever_the_platform_says(servers):
+    """Hosting platforms set WEB_CONCURRENCY; each worker would have threads of its own."""
+    log = "\n".join(servers("workers").log)
+    assert log.count("Started server process") == 1 and "parent process" not in log
 
 
 def test_mock_needs_neither_key_nor_network(servers, provider):

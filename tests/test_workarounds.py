@@ -65,6 +65,37 @@ async def test_leaving_between_two_chunks(main, provider, name):
     assert await asyncio.to_thread(request.closed.wait, 1)
 
 
+async def test_a_run_that_is_cancelled_twice(main):
+    """openai-agents cancels a run in `cancel` and again when its events are over: perhaps while the connection closes."""
+
+    class Endless:
+        completion_stream = None
+
+        async def __anext__(self):
+            asked.set()
+            await asyncio.Event().wait()
+
+        async def aclose(self):
+            closing.set()
+            await network.wait()
+            closed.set()
+
+    async def read() -> None:
+        async for _ in main.ProviderModel(model="openai/x")._chunks(Endless()):
+            pass
+
+    asked, closing, network, closed = (asyncio.Event() for _ in range(4))
+    task = asyncio.create_task(read())
+    await asked.wait()
+    task.cancel()
+    await closing.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    network.set()
+    await asyncio.wait_for(closed.wait(), 5)
+
+
 async def test_leaving_while_something_is_sent(main):
     """Starlette cancels the stream where it sends, and chatkit's generator is dropped without a word."""
     sends, heard = asyncio.Event(), []
