@@ -102,7 +102,7 @@ class Server:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise
+            code = self.process.wait()
         self.reader.join(5)
         return code
 

@@ -1,7 +1,7 @@
 """Conversations: ids, what is stored, and what the model is told."""
 
 import pytest
-from client import Chat, deltas, done, message, text_of
+from client import Chat, deltas, done, text_of
 from provider import Text, Thought, ToolCall
 
 
@@ -111,16 +111,6 @@ def test_retry_answers_the_same_message_again(chat, provider):
     assert [text_of(item) for item in chat.items()] == ["try", "second"]
     assert chat.items()[1]["id"] not in (asked["id"], answered["id"])
     assert provider.requests[-1].messages == [("user", "try")]
-
-
-def test_tags_and_quotes_become_text(chat, provider):
-    tag = {"type": "input_tag", "id": "doc_1", "text": "report", "data": {"year": "2026"}}
-    content = [{"type": "input_text", "text": "Sum up "}, tag]
-    list(chat.stream("threads.create", input=message("", quoted_text="the quoted part") | {"content": content}))
-    texts = [text for _, text in provider.requests[-1].messages]
-    assert texts[0] == "Sum up @report"
-    assert any("the quoted part" in text for text in texts)
-    assert any('report: {"id": "doc_1", "year": "2026"}' in text for text in texts)
 
 
 def test_a_thread_is_named_after_its_first_message(chat):

@@ -64,12 +64,6 @@ def test_the_log_of_a_start(bare):
         assert noise not in log
 
 
-def test_one_worker_whatever_the_platform_says(servers):
-    """Hosting platforms set WEB_CONCURRENCY; each worker would have threads of its own."""
-    log = "\n".join(servers("workers").log)
-    assert log.count("Started server process") == 1 and "parent process" not in log
-
-
 def test_mock_needs_neither_key_nor_network(servers, provider):
     """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock stands in .env."""
     chat = Chat(servers("env_file").url)

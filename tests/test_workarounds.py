@@ -1,18 +1,92 @@
-"""Faults of the libraries that main.py works around, each test named after its fault.
+"""Faults of the libraries that main.py works around: a test for each row of the README's table, named after the fault.
 
-The others stand where the behaviour is tested; README.md, "Workarounds", has the whole list.
+This file runs first, and stops the run if one of its tests fails (conftest.py): without a workaround the other tests
+have nothing new to say. To learn whether a workaround is still needed, delete it and run this file.
 """
 
 import asyncio
+import json
 import re
+import signal
+import threading
+import time
 
 import httpx
 import pytest
-from agents import ModelSettings, ModelTracing
-from client import Chat, error_of, until
-from provider import Failure, Silence, Text, Together
+from agents import Model, ModelSettings, ModelTracing
+from client import Chat, done, error_of, load_main, message, text_of, until
+from provider import Cut, Failure, Raw, Silence, Text, Thought, Together, ToolCall
 
 pytestmark = pytest.mark.anyio
+
+# ---- Ids and messages -----------------------------------------------------------
+
+
+def test_every_id_is_a_placeholder(custom_chat, provider):
+    """openai-agents calls each message that comes through LiteLLM `__fake_id__`: the second would replace the first."""
+    provider.script["go"] = [[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]]
+    replies = done(custom_chat.say("go"))
+    assert [text_of(item) for item in replies] == ["Let me look. ", "It is noon."]
+    stored = [item for item in custom_chat.items() if item["type"] == "assistant_message"]
+    assert [(item["id"], text_of(item)) for item in stored] == [(item.id, text_of(item)) for item in replies]
+
+
+def test_ids_have_32_bits(main):
+    """chatkit's own: among 77 000 of them two are the same as likely as not."""
+    store = main.MemoryStore()
+    thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
+    for id in (store.generate_thread_id({}), store.generate_item_id("message", thread, {})):
+        assert re.fullmatch(r"(thr|msg)_[0-9a-f]{32}", id)
+
+
+def test_output_text_is_refused(chat, provider):
+    """chatkit makes it of a reply, and openai-agents does not take it on the way to LiteLLM: "Unknown content"."""
+    for text in ("one", "two"):
+        assert [text_of(item) for item in done(chat.say(text))] == [f"You said: {text}"]
+    assert provider.requests[-1].messages[-2] == ("assistant", "You said: one")
+
+
+def test_tags_are_not_implemented(chat, provider):
+    """chatkit's converter raises NotImplementedError for them."""
+    tag = {"type": "input_tag", "id": "doc_1", "text": "report", "data": {"year": "2026"}}
+    content = [{"type": "input_text", "text": "Sum up "}, tag]
+    list(chat.stream("threads.create", input=message("", quoted_text="the quoted part") | {"content": content}))
+    texts = [text for _, text in provider.requests[-1].messages]
+    assert texts[0] == "Sum up @report"
+    assert any("the quoted part" in text for text in texts)
+    assert any('report: {"id": "doc_1", "year": "2026"}' in text for text in texts)
+
+
+# ---- Replies --------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut_chat(chat, provider):
+    provider.script["go"] = [[Text("The first "), Text("half"), Cut()]]
+    return chat
+
+
+def test_an_error_overtakes_its_deltas(cut_chat):
+    """openai-agents raises it before the events that came first are read."""
+    cut_chat.say("go")
+    assert [text_of(item) for item in cut_chat.items()] == ["go", "The first half"]
+
+
+def test_a_cut_reply_counts_as_complete(cut_chat):
+    """Over aiohttp LiteLLM 1.83 takes the broken connection for the end of Gemini's reply."""
+    assert "cut off" in error_of(cut_chat.say("go")).message
+
+
+def test_any_body_counts_as_a_reply(chat, provider):
+    """LiteLLM takes its end for the reply's."""
+    provider.script["go"] = [[Raw(b"")]]
+    assert "not understood" in error_of(chat.say("go")).message
+
+
+def test_a_canned_reply_has_no_finish_reason(servers):
+    """LiteLLM gives it none: through ProviderModel it would be a reply that was cut off."""
+    events = Chat(servers("env_file").url).say("hello")
+    assert "error" not in [event.type for event in events]
 
 
 async def test_a_fast_reply_does_not_block_others(main):
@@ -44,6 +118,38 @@ async def test_a_fast_reply_does_not_block_others(main):
     assert order[100:].count("chunk") > 25
 
 
+# ---- Clients that leave ---------------------------------------------------------
+
+
+async def test_a_run_goes_on_without_its_reader(main):
+    """openai-agents' run is a task of its own: the provider would go on, and be paid, to the end."""
+
+    class Endless(Model):
+        async def get_response(self, *args, **kwargs):
+            raise NotImplementedError
+
+        async def stream_response(self, *args, **kwargs):
+            try:
+                asked.set()
+                yield await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    async def read() -> None:
+        async for _ in await server.process(json.dumps(request).encode(), {}):
+            pass
+
+    asked, ended = asyncio.Event(), asyncio.Event()
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = Endless()
+    request = {"type": "threads.create", "params": {"input": message("go")}}
+    task = asyncio.create_task(read())
+    await asked.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    await asyncio.wait_for(ended.wait(), 5)
+
+
 @pytest.mark.parametrize("name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"])
 async def test_leaving_between_two_chunks(main, provider, name):
     """Of Anthropic's streams LiteLLM closes nothing when they are abandoned while no chunk is awaited."""
@@ -66,7 +172,7 @@ async def test_leaving_between_two_chunks(main, provider, name):
 
 
 async def test_a_run_that_is_cancelled_twice(main):
-    """openai-agents cancels a run in `cancel` and again when its events are over: perhaps while the connection closes."""
+    """By openai-agents, in `cancel` and when its events are over: perhaps while the connection is being closed."""
 
     class Endless:
         completion_stream = None
@@ -122,11 +228,35 @@ async def test_leaving_while_something_is_sent(main):
     assert heard == [asyncio.CancelledError]
 
 
-async def test_a_type_adapter_per_request(main, monkeypatch):
-    """chatkit's process makes one for every request, which takes some 20 ms."""
-    monkeypatch.delattr("chatkit.server.TypeAdapter")
-    result = await main.server.process(b'{"type": "threads.list", "params": {}}', {})
-    assert result.json == b'{"data":[],"has_more":false}'
+async def test_a_cancelled_stream_is_cancelled_again(servers, provider):
+    """By Starlette, in every await that follows: the driver of a database would store nothing of what was shown."""
+    provider.script["go"] = [[Thought("Hm. "), Text("one "), Text("two "), Silence()]]
+    chat = Chat(servers("sqlite_1").url)
+    stream = chat.start("go")
+    next(event for event in stream if '"two "' in event.model_dump_json())
+    stream.close()
+    await until(lambda: [text_of(item) for item in chat.items() if item["type"] == "assistant_message"] == ["one two "])
+
+
+async def test_thoughts_are_not_stored(chat, provider):
+    """chatkit stores the text of a stream that is cancelled, and no workflow."""
+    provider.script["go"] = [[Thought("Hm. "), Silence()]]
+    stream = chat.start("go")
+    next(event for event in stream if "Hm. " in event.model_dump_json())
+    stream.close()
+    await until(lambda: [item["type"] for item in chat.items()] == ["user_message", "workflow"])
+    assert chat.items()[1]["workflow"]["tasks"][0]["content"] == "Hm. "
+
+
+async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
+    """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
+    provider.script["fail"] = [[Failure("rate")]]
+    httpx.get(f"{customised.url}/collect")
+    with customised.no_new("was destroyed"):
+        for _ in range(5):
+            error_of(custom_chat.say("fail"))
+        assert httpx.get(f"{customised.url}/collect").status_code == 200
+        assert "was destroyed" not in "\n".join(customised.log)
 
 
 async def test_a_forgotten_task(customised, provider):
@@ -143,25 +273,59 @@ async def test_a_forgotten_task(customised, provider):
             assert httpx.get(f"{customised.url}/collect").status_code == 200
 
 
-async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
-    """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
-    provider.script["fail"] = [[Failure("rate")]]
-    httpx.get(f"{customised.url}/collect")
-    with customised.no_new("was destroyed"):
-        for _ in range(5):
-            error_of(custom_chat.say("fail"))
-        assert httpx.get(f"{customised.url}/collect").status_code == 200
-        assert "was destroyed" not in "\n".join(customised.log)
+# ---- The server -----------------------------------------------------------------
 
 
-async def test_ids_have_128_bits(main):
-    store = main.MemoryStore()
-    thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
-    for id in (store.generate_thread_id({}), store.generate_item_id("message", thread, {})):
-        assert re.fullmatch(r"(thr|msg)_[0-9a-f]{32}", id)
+def test_an_error_outside_a_turn_breaks_the_stream_off(custom_chat, customised, provider):
+    """chatkit tells the client of those within a turn only, not of a Store that cannot take the message."""
+    provider.script["go"] = [[Text("more than the disk holds")]]
+    for text, kept in ("more than the disk holds", []), ("go", ["go"]):
+        error = error_of(custom_chat.say(text))
+        assert (error.code, error.message, error.allow_retry) == ("stream.error", None, True)
+        assert [text_of(item) for item in custom_chat.items()] == kept
+    assert "Traceback" in customised.wait_for("OSError: the disk is full")
+    assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
 
 
-async def test_nothing_is_left_of_an_uncollected_run(customised, provider):
-    """After all of the above no request is open at the provider."""
-    assert Chat(customised.url).say("hello")
-    assert not provider.open()
+async def test_a_type_adapter_per_request(main, monkeypatch):
+    """chatkit's process makes one for every request, which takes some 20 ms."""
+    monkeypatch.delattr("chatkit.server.TypeAdapter")
+    result = await main.server.process(b'{"type": "threads.list", "params": {}}', {})
+    assert result.json == b'{"data":[],"has_more":false}'
+
+
+def test_a_blank_key_counts_as_a_key(tmp_path):
+    """LiteLLM's validate_environment only looks whether there is one."""
+    assert load_main(tmp_path, {"PROVIDER": "openai", "OPENAI_API_KEY": " "}).MISSING_KEY == "OPENAI_API_KEY"
+
+
+def test_a_worker_for_each_of_web_concurrency(servers):
+    """Hosting platforms set it and uvicorn obeys, if it is not told; each worker would have threads of its own."""
+    log = "\n".join(servers("workers").log)
+    assert log.count("Started server process") == 1 and "parent process" not in log
+
+
+def test_the_exit_code_after_sigterm(servers, provider):
+    """uvicorn shuts down and then raises the signal again: -15 instead of 0."""
+    server = servers("stopped_idle")
+    began = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < 2
+
+
+def test_an_endless_loop_over_a_web_page(server, provider):
+    """LiteLLM 1.83 loops for ever over a page in a Gemini stream's place: the server is dead."""
+    provider.script["lost"] = [[Failure("html")]]
+    provider.script["half a chunk"] = [[Text("a"), Raw(b'data: {"candidates": [{"cont')]]
+    chats = {text: Chat(server.url) for text in ("lost", "half a chunk", "fine")}
+    replies = {}
+    threads = [
+        threading.Thread(target=lambda text=text: replies.update({text: chats[text].say(text)}), daemon=True)
+        for text in chats
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert "not understood" in error_of(replies["lost"]).message
+    assert [text_of(item) for item in done(replies["fine"])] == ["You said: fine"]
