@@ -12,6 +12,8 @@ Settings PROVIDER, MODEL, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROP
 
 Limits   threads live in this one process and end with it; the model sees a thread's newest HISTORY_ITEMS items;
          a request has at most MAX_BODY_BYTES
+
+Faults   of the libraries: README.md lists what here works around each, and the test that says if it is still there
 """
 
 import asyncio

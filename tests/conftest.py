@@ -1,5 +1,6 @@
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+import agents
 import pytest
 from client import ROOT, Chat, Server, load_main
 from provider import Provider
@@ -36,6 +37,7 @@ def anyio_backend():
 @pytest.fixture(scope="session")
 def main(tmp_path_factory):
     """main.py as a module, for what can be tested without a process."""
+    agents.set_tracing_disabled(True)  # its environment variable is read at the first import only
     return load_main(tmp_path_factory.mktemp("main"))
 
 
