@@ -21,6 +21,7 @@ def of_workarounds(item) -> bool:
 
 
 def pytest_collection_modifyitems(items):
+    """The workarounds first: where one is missing, nearly every conversation fails, and says less of the cause."""
     items.sort(key=of_workarounds, reverse=True)
 
 
@@ -110,7 +111,7 @@ def servers(request, provider, tmp_path_factory):
         yield start
         all_running = {name: future.result() for name, future in running.items() if not future.exception()}
         codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
-    if request.session.testsfailed:
+    if request.session.testsfailed:  # what its server complains of is told already
         return
     # Only main.py run as a program turns the signal into an exit code of 0.
     assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes
