@@ -68,8 +68,18 @@ def cut_chat(chat, provider):
 
 def test_an_error_overtakes_its_deltas(cut_chat):
     """openai-agents raises it before the events that came first are read."""
-    cut_chat.say("go")
-    assert [text_of(item) for item in cut_chat.items()] == ["go", "The first half"]
+    updates = [event for event in cut_chat.say("go") if event.type == "thread.item.updated"]
+    assert "half" in str(updates)
+
+
+def test_a_reply_that_breaks_off_is_not_stored(chat, provider):
+    """chatkit stores an item when it is done, and what an error ends is never done."""
+    silence = Silence()
+    provider.script["go"] = [[Text("The first "), Text("half"), silence, Cut()]]
+    for event in chat.start("go"):
+        if '"half"' in event.model_dump_json():
+            silence.end.set()
+    assert [text_of(item) for item in chat.items()] == ["go", "The first half"]
 
 
 def test_a_cut_reply_counts_as_complete(cut_chat):
