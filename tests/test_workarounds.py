@@ -5,11 +5,15 @@ have nothing new to say. To learn whether a workaround is still needed, delete i
 """
 
 import asyncio
+import gc
 import json
 import re
 import signal
+import sys
 import threading
 import time
+import weakref
+from contextvars import ContextVar
 
 import httpx
 import pytest
@@ -97,6 +101,31 @@ def test_a_canned_reply_has_no_finish_reason(servers):
     """LiteLLM gives it none: through ProviderModel it would be a reply that was cut off."""
     events = Chat(servers("env_file").url).say("hello")
     assert "error" not in [event.type for event in events]
+
+
+async def test_a_finaliser_sets_context_variables(main):
+    """LiteLLM's, of a stream. A collection that starts within ContextVar.set then frees the variables that are being set:
+    Python before 3.12 crashes, one time in many."""
+    changed = []
+
+    def watch(frame, event, function) -> None:
+        if event == "c_call" and function.__name__ in ("set", "reset"):
+            if isinstance(function.__self__, ContextVar):
+                changed.append(function.__self__.name)
+
+    question = [{"role": "user", "content": "go"}]
+    stream = await main.litellm.acompletion("openai/gpt-4o", question, stream=True, mock_response="one two three")
+    collected = weakref.ref(stream)
+    for _ in range(3):  # until the event loop has let go of it, too
+        await anext(stream)
+        await asyncio.sleep(0)
+    sys.setprofile(watch)
+    try:
+        del stream
+        gc.collect()
+    finally:
+        sys.setprofile(None)
+    assert collected() is None and changed == []
 
 
 async def test_a_fast_reply_does_not_block_others(main):
