@@ -237,8 +237,8 @@ def litellm_name(provider: str, model: str) -> str:
 for name in [name for name in os.environ if name.endswith("_API_KEY") and not os.environ[name].strip()]:
     del os.environ[name]  # LiteLLM takes a blank key for a key
 litellm.suppress_debug_info = True  # no "Give Feedback / Get Help" in the log
-# It sets context variables. Before Python 3.12 garbage may be collected in the midst of ContextVar.set, which goes on
-# with what was freed: a segmentation fault.
+# A stream's finaliser sets context variables. Before Python 3.12 garbage may be collected in the midst of
+# ContextVar.set, which goes on with what was freed: a segmentation fault.
 litellm.CustomStreamWrapper.__del__ = lambda stream: None
 MODEL_NAME = litellm_name(PROVIDER, MODEL)
 needed = [] if PROVIDER == "mock" else litellm.validate_environment(MODEL_NAME)["missing_keys"]

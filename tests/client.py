@@ -102,7 +102,7 @@ class Server:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            code = self.process.wait()
+            raise
         self.reader.join(5)
         return code
 
@@ -204,6 +204,20 @@ def deltas(events: list, item_id: str) -> str:
     """An assistant message's text as its deltas rebuild it."""
     updates = [event.update for event in events if event.type == "thread.item.updated" and event.item_id == item_id]
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
+
+
+def say_at_once(url: str, texts: list[str], seconds: float = 20) -> dict[str, list]:
+    """Each text in a thread of its own; the events of the chats that ended in time."""
+    replies = {}
+    threads = [
+        threading.Thread(target=lambda text=text: replies.update({text: Chat(url).say(text)}), daemon=True)
+        for text in texts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    return replies
 
 
 async def until(true, seconds: float = 5) -> None:

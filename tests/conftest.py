@@ -77,6 +77,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "env_file": {},
     "sqlite_1": {"PROVIDER": "openai"},
     "sqlite_2": {"PROVIDER": "openai"},
+    "stopped": {"PROVIDER": "mock"},
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
 }
@@ -111,7 +112,7 @@ def servers(request, provider, tmp_path_factory):
         yield start
         all_running = {name: future.result() for name, future in running.items() if not future.exception()}
         codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
-    if request.session.testsfailed:  # what its server complains of is told already
+    if request.session.shouldfail:  # what its server complains of is told already
         return
     # Only main.py run as a program turns the signal into an exit code of 0.
     assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes

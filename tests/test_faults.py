@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from agents import ModelSettings, ModelTracing
-from client import ROOT, done, error_of, text_of
+from client import ROOT, done, error_of, say_at_once, text_of
 from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
 
 KEYS = ("gemini-key-0123456789", "openai-key-0123456789", "anthropic-key-0123456789")
@@ -101,6 +101,14 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name):
         assert "timed out" in error.message and error.allow_retry
     error = await fault(url)
     assert "unavailable" in error.message and error.allow_retry
+
+
+def test_other_chats_go_on_while_a_web_page_is_no_stream(server, provider):
+    provider.script["lost"] = [[Failure("html")]]
+    provider.script["half a chunk"] = [[Text("a"), Raw(b'data: {"candidates": [{"cont')]]
+    replies = say_at_once(server.url, ["lost", "half a chunk", "fine"])
+    assert "not understood" in error_of(replies["lost"]).message
+    assert [text_of(item) for item in done(replies["fine"])] == ["You said: fine"]
 
 
 def test_a_reply_may_end_in_silence_after_a_tool(custom_chat, provider):

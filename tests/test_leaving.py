@@ -110,15 +110,22 @@ async def test_two_hundred_chats_at_once(servers, provider):
         assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
 
 
-async def test_told_to_stop(servers, provider):
-    server = servers("stopped_busy")
-    provider.script["long"] = [[Text("word "), Silence()]]
-    streams = [Chat(server.url).start("long") for _ in range(3)]
-    for stream in streams:
-        next(event for event in stream if "text_delta" in str(event))
+async def test_a_chat_that_ended_leaves_no_request_open(customised, provider):
+    assert Chat(customised.url).say("hello")
+    assert not provider.open()
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_told_to_stop(servers, provider, busy):
+    server = servers("stopped_busy" if busy else "stopped_idle")
+    if busy:
+        provider.script["long"] = [[Text("word "), Silence()]]
+        streams = [Chat(server.url).start("long") for _ in range(3)]
+        for stream in streams:
+            next(event for event in stream if "text_delta" in str(event))
     began = time.monotonic()
     assert server.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < (10 if busy else 2)
     assert not provider.open()
     for complaint in ("never retrieved", "was destroyed", "Unclosed"):
         assert complaint not in "\n".join(server.log)
