@@ -1,10 +1,19 @@
-PYTHON ?= python3
+# The Pythons that backend/constraints.txt is for, the newest first, and the systems, by uv's names.
+PYTHONS := 3.14 3.13 3.12 3.11 3.10
+PLATFORMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-msvc
+
+# python3 if it is one of them, otherwise the newest on PATH. make PYTHON=... wins.
+supported = $(1) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())' 2>/dev/null
+PYTHON ?= $(shell for python in python3 $(PYTHONS:%=python%); do $(call supported,$$python) && echo $$python && break; done)
+FOUND = $(or $(PYTHON),python3)
 VENV := backend/.venv
 LATEST := backend/.venv-latest
 REQUIREMENTS := backend/requirements.txt tests/requirements.txt
+UV := backend/.lock/bin/uv
+COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-latest bench lock clean
+.PHONY: help venv run test test-latest bench lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -24,11 +33,21 @@ test-latest: $(LATEST)/installed  ## Run the tests on the newest release of ever
 bench: venv  ## Measure the server against bare LiteLLM (a minute or two)
 	$(VENV)/bin/python tests/bench.py
 
-lock:  ## Renew backend/constraints.txt from the requirements (PYTHON=python3.10: the oldest needs the most)
-	rm -rf backend/.lock && $(PYTHON) -m venv backend/.lock
-	backend/.lock/bin/python -m pip install -q $(REQUIREMENTS:%=-r %)
-	backend/.lock/bin/python -m pip freeze > backend/constraints.txt
-	rm -rf backend/.lock
+lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
+	@# Where uv needs two versions of a package, the older one may serve all; if not, both stay, with their markers.
+	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) > backend/.lock/forked.txt
+	@sed 's/ ;.*//' backend/.lock/forked.txt | awk -F== '!seen[$$1]++' > backend/.lock/single.txt
+	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/single.txt > backend/.lock/one.txt \
+		&& sed 's/ ;.*//' backend/.lock/one.txt > backend/constraints.txt \
+		|| cp backend/.lock/forked.txt backend/constraints.txt
+	@$(MAKE) --no-print-directory check-lock
+
+check-lock: $(UV)  ## Resolve backend/constraints.txt, from wheels alone, for every supported Python and system
+	@for python in $(PYTHONS); do for platform in $(PLATFORMS); do \
+		found=$$($(COMPILE) --python-version $$python --python-platform $$platform -c backend/constraints.txt) \
+		&& echo "Python $$python on $$platform: $$(echo "$$found" | wc -l) packages" \
+		|| { echo "Python $$python on $$platform: backend/constraints.txt does not resolve" >&2; exit 1; }; \
+	done || exit 1; done
 
 clean:  ## Remove the virtual environments and caches
 	rm -rf $(VENV) $(LATEST) backend/.lock .pytest_cache
@@ -40,13 +59,19 @@ $(VENV)/installed: $(REQUIREMENTS) backend/constraints.txt
 	$(VENV)/bin/python -m pip install -q $(REQUIREMENTS:%=-r %) -c backend/constraints.txt
 	@touch $@
 
+$(UV):
+	@$(call make_venv,backend/.lock)
+	backend/.lock/bin/python -m pip install -q uv
+
 $(LATEST)/installed: $(REQUIREMENTS)
 	@$(call make_venv,$(LATEST))
 	$(LATEST)/bin/python -m pip install -q --upgrade $(shell cat $(REQUIREMENTS) | sed 's/==.*//')
 	@touch $@
 
 define make_venv
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(if $(PYTHON),$(call supported,$(PYTHON)),false) || { \
+		echo "$(FOUND) ($$($(FOUND) --version 2>&1)) is not supported. Python $(PYTHONS) are:" \
+			"make PYTHON=/path/to/python, or uv run backend/main.py, which fetches one." >&2; exit 1; }
 	rm -rf $(1)
 	$(PYTHON) -m venv $(1)
 endef

@@ -1,7 +1,20 @@
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = [
+#     "fastapi==0.115.6",
+#     "uvicorn[standard]==0.32.1",
+#     "openai-chatkit==1.4.0",
+#     "openai-agents[litellm]==0.20.0",
+#     "litellm==1.106.2",
+#     "python-dotenv==1.0.1",
+# ]
+# ///
 """ChatKit server: OpenAI's ChatKit in front of any model that LiteLLM reaches.
 
-Run it   make run                  (or python backend/main.py)
-         make run PROVIDER=mock    canned replies: no key, no network
+Run it   make run                  with the tested versions of backend/constraints.txt
+         uv run backend/main.py    with those of the lines above, also of a copy of this file alone
+         python backend/main.py    with those that you have installed
+         PROVIDER=mock             before any of them: canned replies, no key, no network
 
 Routes   POST /chatkit             ChatKit's protocol: JSON, or a stream of server-sent events
          GET  /health              {"status": "ok"}
