@@ -69,9 +69,9 @@ $(LATEST)/installed: $(REQUIREMENTS)
 	@touch $@
 
 define make_venv
-	$(if $(PYTHON),$(call supported,$(PYTHON)),false) || { \
-		echo "$(FOUND) ($$($(FOUND) --version 2>&1)) is not supported. Python $(PYTHONS) are:" \
-			"make PYTHON=/path/to/python, or uv run backend/main.py, which fetches one." >&2; exit 1; }
+	$(if $(shell $(call supported,$(FOUND)) && echo yes),,$(error $(UNSUPPORTED)))
 	rm -rf $(1)
-	$(PYTHON) -m venv $(1)
+	$(FOUND) -m venv $(1)
 endef
+UNSUPPORTED = $(FOUND) is $(or $(shell $(FOUND) --version 2>/dev/null),missing), supported are Python $(PYTHONS): \
+	make PYTHON=/path/to/python, or uv run backend/main.py, which fetches one

@@ -1,8 +1,11 @@
 """Settings, starts that must not happen, keys, models, and the template's five boxes."""
 
 import re
+import shutil
 import subprocess
+import sys
 from datetime import date
+from pathlib import Path
 
 import httpx
 import pytest
@@ -129,6 +132,16 @@ def test_requirements_and_constraints_agree():
     assert constraints.keys() >= {"openai", "pydantic", "starlette", "anyio"}
 
 
+def test_the_file_carries_its_requirements():
+    """As inline script metadata, https://peps.python.org/pep-0723/, for the Pythons that the Makefile names."""
+    code = (ROOT / "backend" / "main.py").read_text()
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", code)[1]
+    assert re.findall(r'^#     "(.+)",$', block, re.M) == (ROOT / "backend" / "requirements.txt").read_text().split()
+    newest, *_, oldest = re.search(r"^PYTHONS := (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    major, minor = newest.split(".")
+    assert f'requires-python = ">={oldest},<{major}.{int(minor) + 1}"' in block
+
+
 def test_the_requirements_satisfy_the_template():
     wanted = requirement_lines("backend/requirements.txt")
     assert (wanted["fastapi"], wanted["uvicorn"], wanted["python-dotenv"]) == ("0.115.6", "0.32.1", "1.0.1")
@@ -173,7 +186,49 @@ def test_box_5_the_agent_remembers(chat, provider):
     assert ("user", "My name is Ada.") in provider.requests[-1].messages
 
 
+# ---- make -----------------------------------------------------------------------
+
+
+def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
+    """What `make` prints where PATH has these Pythons alone: their names, and the versions that they say they are."""
+    for name, version in pythons.items():
+        lie = f"import sys; sys.version_info = {tuple(map(int, version.split('.')))}; exec(sys.argv[1])"
+        script = f"""[ "$1" = --version ] && echo Python {version} || exec {sys.executable} -c '{lie}' "$2" """
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory", *arguments]
+    return subprocess.run(command, env={"PATH": str(folder)}, stdout=-1, stderr=subprocess.STDOUT, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"python3": "3.11.7", "python3.13": "3.13.0"}, "python3"),
+        ({"python3": "3.9.18", "python3.10": "3.10.13", "python3.12": "3.12.1"}, "python3.12"),
+        ({"python3": "3.15.0", "python3.9": "3.9.18", "python3.14": "3.14.0"}, "python3.14"),
+        ({"python3.10": "3.10.13"}, "python3.10"),
+    ],
+)
+def test_make_finds_a_python(tmp_path, pythons, chosen):
+    assert f"\n{chosen} -m venv backend/.venv\n" in make_on(tmp_path, pythons, "--dry-run", "venv")
+    pythons = {**pythons, "python3.11": "3.11.7"}
+    assert "\npython3.11 -m venv" in make_on(tmp_path, pythons, "--dry-run", "venv", "PYTHON=python3.11")
+
+
+@pytest.mark.parametrize(
+    ("pythons", "arguments", "says"),
+    [
+        ({"python3": "3.9.18", "python3.9": "3.9.18"}, [], "python3 is Python 3.9.18"),
+        ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"], "python3.9 is Python 3.9.18"),
+        ({}, [], "python3 is missing"),
+    ],
+)
+def test_make_finds_no_python(tmp_path, pythons, arguments, says):
+    (line,) = make_on(tmp_path, pythons, "venv", f"VENV={tmp_path}/venv", *arguments).splitlines()
+    assert f"{says}, supported are Python 3.14 3.13 3.12 3.11 3.10: make PYTHON=" in line and "uv run" in line
+
+
 def test_make_help_lists_the_targets():
     output = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
-    for target in ("venv", "run", "test", "test-latest", "bench", "lock", "clean"):
+    for target in ("venv", "run", "test", "test-latest", "bench", "lock", "check-lock", "clean"):
         assert re.search(rf"^{target}\b", output, re.M), output
