@@ -62,8 +62,8 @@ class Server:
                 "HOME": str(folder),
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
                 "PYTHONUNBUFFERED": "1",
-                # What Python will drop is an error in main.py, run as a program or imported.
-                "PYTHONWARNINGS": "error::DeprecationWarning:__main__,error::DeprecationWarning:main",
+                # What Python will drop is an error in main.py.
+                "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",
                 "HOST": "127.0.0.1",
                 "PORT": str(self.port),
                 **environment,
