@@ -9,11 +9,12 @@ FOUND = $(or $(PYTHON),python3)
 VENV := backend/.venv
 LATEST := backend/.venv-latest
 REQUIREMENTS := backend/requirements.txt tests/requirements.txt
+ON_POSTGRES := store chat faults leaving users requests postgres
 UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-latest bench lock check-lock clean
+.PHONY: help venv run test test-postgres test-latest bench lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,6 +26,11 @@ run: venv  ## Run the server; for example make run PROVIDER=mock PORT=9000
 
 test: venv  ## Run the tests
 	$(VENV)/bin/python -m pytest -q tests
+
+test-postgres: venv  ## Run the tests of everything that stores on PostgreSQL, with two workers
+	@$(VENV)/bin/python tests/cluster.py
+	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt
+	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
 
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze

@@ -41,7 +41,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -653,17 +653,27 @@ async def health():
     return {"status": "ok"}
 
 
+async def every(load_page: Callable[[str | None], Awaitable[Page]]) -> AsyncIterator:
+    """The rows of all pages of a Store, of which load_page(after) loads one."""
+    after, more = None, True
+    while more:
+        page = await load_page(after)
+        for row in page.data:
+            yield row
+        after, more = page.after, page.has_more
+
+
 @app.get("/debug/threads")
 async def debug_threads(context: dict = Depends(request_context)):
-    result = {}
-    for thread_id in store._rows("Thread", context).ids:
-        rows, items = store._threads[thread_id], []
-        for item in map(rows.load, rows.ids):
+    result, load_items = {}, server.store.load_thread_items
+    async for thread in every(lambda after: server.store.load_threads(100, after, "asc", context)):
+        items = []
+        async for item in every(lambda after: load_items(thread.id, after, 100, "asc", context)):
             item_data = {"id": item.id, "type": type(item).__name__}
             if hasattr(item, "content") and item.content:
                 item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
             items.append(item_data)
-        result[thread_id] = {"items": items, "count": len(items)}
+        result[thread.id] = {"items": items, "count": len(items)}
     return result
 
 

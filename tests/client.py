@@ -45,17 +45,28 @@ def free_port() -> int:
 
 class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
-    read, and with an environment made from scratch. `program` is run in main.py's place."""
+    read, and with an environment made from scratch. `program` is run in main.py's place.
 
-    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, python: str = ""):
+    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, workers: int = 0):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = Path(shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py"))
+        self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log: list[str] = []
         self.news = threading.Condition()
+        command = [sys.executable, str(program or main)]
+        if workers:
+            app = f"{program.stem if program else 'main'}:app"
+            folders = ["--app-dir", str(program.parent)] if program else []
+            options = ["--workers", str(workers), "--timeout-graceful-shutdown", "5", "--port", str(self.port)]
+            command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
+            shutil.copy(ROOT / "tests" / "postgres_store.py", main.parent)
+            use_postgres(main)
         self.process = subprocess.Popen(
-            [python or sys.executable, str(program or main)],
+            command,
             cwd=folder,
             env={
                 "PATH": os.environ["PATH"],
@@ -84,16 +95,17 @@ class Server:
             self.log.append("(end of log)")
             self.news.notify_all()
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
-        """The log once a line holds `text`."""
+    def wait_for(self, text: str, times: int = 1, seconds: float = 60) -> str:
+        """The log once it holds `text`, so many times."""
         with self.news:
-            self.news.wait_for(lambda: text in "\n".join(self.log) or "(end of log)" in self.log, seconds)
+            self.news.wait_for(lambda: "\n".join(self.log).count(text) >= times or "(end of log)" in self.log, seconds)
             log = "\n".join(self.log)
-        assert text in log, log
+        assert log.count(text) >= times, log
         return log
 
     def started(self) -> "Server":
         self.wait_for("Uvicorn running on")
+        self.wait_for("Application startup complete", self.workers or 1)
         return self
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20) -> int:
@@ -118,10 +130,28 @@ class Server:
             assert text not in log, log
 
 
+def use_postgres(main: Path) -> None:
+    """Change the one line of main.py that says where threads are stored."""
+    code = main.read_text()
+    assert code.count("\nstore = MemoryStore()\n") == 1
+    store = """
+from postgres_store import PostgresStore
+
+store = PostgresStore(os.environ["DATABASE_URL"], int(os.getenv("POOL_SIZE", "10")), float(os.getenv("POOL_TIMEOUT", "30")))
+"""
+    main.write_text(code.replace("\nstore = MemoryStore()\n", store))
+
+
+def processes(server) -> list[int]:
+    """The server's process and its workers'."""
+    pid = server.process.pid
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
 def memory(server) -> int:
-    """The process's resident memory in KiB."""
-    with open(f"/proc/{server.process.pid}/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+    """The resident memory of the server's processes in KiB."""
+    status = "".join(Path(f"/proc/{pid}/status").read_text() for pid in processes(server))
+    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
 def message(text: str, **more) -> dict:

@@ -14,6 +14,16 @@ def pytest_addoption(parser):
         metavar="package.module:factory",
         help="run the contract of tests/test_store.py on the Store that factory() makes, and on no other",
     )
+    parser.addoption(
+        "--postgres",
+        action="store_true",
+        help="run the servers as two workers on PostgreSQL, that of DATABASE_URL or a throw-away cluster",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name == "test_postgres.py" and not config.getoption("--postgres"):
+        return True  # its driver is not installed
 
 
 def of_workarounds(item) -> bool:
@@ -58,6 +68,18 @@ def fresh_script(request):
         provider.asked.clear()
 
 
+@pytest.fixture(scope="session")
+def database(request):
+    """PostgreSQL, where the tests run on it."""
+    if not request.config.getoption("--postgres"):
+        yield None
+        return
+    from cluster import Database
+
+    with Database() as database:
+        yield database
+
+
 TESTS = ROOT / "tests"
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
@@ -81,22 +103,27 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
 }
+# Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
+ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
 PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
 
 @pytest.fixture(scope="session")
-def servers(request, provider, tmp_path_factory):
+def servers(request, provider, database, tmp_path_factory):
     """servers(name): the server of that name, started."""
     running: dict[str, Future[Server]] = {}
-    database = tmp_path_factory.mktemp("database") / "chat.sqlite"
+    sqlite = tmp_path_factory.mktemp("sqlite") / "chat.sqlite"
+    eager = [name for name in SERVERS if not database or name.startswith(ON_POSTGRES)]
 
     def launched(name: str) -> Server:
         folder = tmp_path_factory.mktemp(name)
         if name == "env_file":
             (folder / ".env").write_text("PROVIDER=mock\nPORT=1\nMODEL=\n")
         program = PROGRAMS.get(name.partition("_")[0])
-        environment = {**provider.environment(), "DATABASE": str(database), **SERVERS[name]}
-        return Server(folder, environment, program and TESTS / program).started()
+        environment = {**provider.environment(), "DATABASE": str(sqlite), **SERVERS[name]}
+        if database and name in eager:
+            environment["DATABASE_URL"] = database.schema()
+        return Server(folder, environment, program and TESTS / program, 2 * ("DATABASE_URL" in environment)).started()
 
     with ThreadPoolExecutor(2) as pool:
 
@@ -107,7 +134,7 @@ def servers(request, provider, tmp_path_factory):
 
         # Importing LiteLLM takes seconds: for the whole suite all servers start side by side.
         if len(request.session.items) > 200:
-            running.update((name, pool.submit(launched, name)) for name in SERVERS)
+            running.update((name, pool.submit(launched, name)) for name in eager)
             wait(running.values())
         yield start
         all_running = {name: future.result() for name, future in running.items() if not future.exception()}

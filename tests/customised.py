@@ -96,11 +96,20 @@ main.store.add_thread_item = add_thread_item
 main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
 
 
-@main.app.get("/collect")
+app = main.app
+
+
+@app.get("/worker")
+async def worker():
+    """Which process answers on this connection."""
+    return os.getpid()
+
+
+@app.get("/collect")
 async def collect():
     """Collect the garbage, so that what asyncio has to complain of comes into the log."""
     return gc.collect()
 
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    uvicorn.run(app, host=main.HOST, port=main.PORT)

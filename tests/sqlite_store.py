@@ -64,7 +64,7 @@ class SQLiteStore(Store[dict]):
         ).rowcount
 
     def page(self, kind: str, after: str | None, limit: int, order: str, context: dict, parent: str = "") -> Page:
-        beyond = ""
+        beyond, limit = "", min(limit, 2**31)
         if after:
             beyond = f"AND number {'>' if order == 'asc' else '<'} {self.number(kind, after, context, parent)[0]}"
         found = self.database.execute(

@@ -47,17 +47,25 @@ ALICE, BOB = {"user_id": "alice"}, {"user_id": "bob"}
 def pytest_generate_tests(metafunc):
     if "store" in metafunc.fixturenames:
         theirs = metafunc.config.getoption("--store")
-        metafunc.parametrize("store", [theirs] if theirs else ["memory", "sqlite"], indirect=True)
+        ours = ["postgres"] if metafunc.config.getoption("--postgres") else ["memory", "sqlite"]
+        metafunc.parametrize("store", [theirs] if theirs else ours, indirect=True)
 
 
 @pytest.fixture
-def store(request, tmp_path):
+async def store(request, tmp_path):
     if request.param == "memory":
-        return request.getfixturevalue("main").MemoryStore()
-    if request.param == "sqlite":
-        return SQLiteStore(str(tmp_path / "chat.sqlite"))
-    module, _, factory = request.param.partition(":")
-    return getattr(importlib.import_module(module), factory)()
+        yield request.getfixturevalue("main").MemoryStore()
+    elif request.param == "sqlite":
+        yield SQLiteStore(str(tmp_path / "chat.sqlite"))
+    elif request.param == "postgres":
+        from postgres_store import PostgresStore
+
+        store = PostgresStore(request.getfixturevalue("database").schema())
+        yield store
+        await store.close()
+    else:
+        module, _, factory = request.param.partition(":")
+        yield getattr(importlib.import_module(module), factory)()
 
 
 def thread(id: str, **more) -> ThreadMetadata:
@@ -138,6 +146,30 @@ async def test_every_kind_of_item_comes_back_as_it_was_added(store):
     assert (await store.load_thread_items("thr_1", None, 100, "asc", {})).data == kinds
     for kind in kinds:
         assert await store.load_item("thr_1", kind.id, {}) == kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["NUL \0 and \\u0000", "\ufffe0 \ufffe1 \ufffe\0", "\\\0 \"'%s%(id)s\n\r\t\x7f", "😀 \u202eשלום\u202c e\u0301 \u2028"],
+    ids=["nul", "noncharacters", "quotes", "unicode"],
+)
+async def test_every_text_comes_back_as_it_was_added(store, text):
+    await filled(store, 0)
+    await store.save_thread(thread("thr_1", title=text, metadata={text: [text]}), {})
+    await store.add_thread_item("thr_1", item("msg_1", text), {})
+    assert await store.load_thread("thr_1", {}) == thread("thr_1", title=text, metadata={text: [text]})
+    assert (await store.load_item("thr_1", "msg_1", {})).content[0].text == text
+
+
+async def test_strange_ids_and_limits(store):
+    await filled(store, 3)
+    for id in ("", "\0", "msg_0\0", "\ufffe0", "' OR 1=1 --", "%s"):
+        with pytest.raises(NotFoundError):
+            await store.load_item("thr_1", id, {})
+        with pytest.raises(NotFoundError):
+            await store.load_thread(id, {})
+    for limit in (1000, 2**31, 2**63, 10**30):
+        assert len(await items(store, limit=limit)) == 3
 
 
 async def test_what_is_missing_is_not_found(store):

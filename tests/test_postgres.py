@@ -1,0 +1,242 @@
+"""Several workers on PostgreSQL: their Store under load, workers that die, and a database that is slow or gone."""
+
+import asyncio
+import os
+import signal
+import threading
+
+import httpx
+import pytest
+from chatkit.types import AssistantMessageItem
+from client import Chat, Server, done, error_of, message, say_at_once, text_of, until
+from conftest import TESTS
+from postgres_store import PostgresStore
+from provider import Silence, Text, ToolCall
+from test_leaving import many
+from test_store import NOW, thread
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def url(database):
+    return database.schema()
+
+
+@pytest.fixture(scope="module")
+def server(provider, url, tmp_path_factory):
+    """Two workers, each with fewer connections than it has chats."""
+    settings = {"PROVIDER": "openai", "DATABASE_URL": url, "POOL_SIZE": "4", "POOL_TIMEOUT": "5"}
+    environment = {**provider.environment(), **settings}
+    server = Server(tmp_path_factory.mktemp("postgres"), environment, TESTS / "customised.py", workers=2).started()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def chat(server):
+    return Chat(server.url)
+
+
+def worker(chat: Chat) -> int:
+    """The process that answers on the chat's connection."""
+    return chat.http.get("/worker").json()
+
+
+class Locked:
+    """A thread's row that another transaction holds: whatever is written to the thread waits."""
+
+    def __init__(self, database, url: str, thread_id: str):
+        self.database, self.connection = database, database.connect(url)
+        self.connection.execute("BEGIN")
+        self.connection.execute("SELECT FROM chatkit_threads WHERE id = %s FOR UPDATE", [thread_id])
+
+    async def awaited(self) -> None:
+        """Return when somebody waits for the row."""
+        with self.database.connect() as connection:
+            waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+            await until(lambda: connection.execute(waiting, [self.connection.info.backend_pid]).fetchone())
+
+    def release(self) -> None:
+        self.connection.close()
+
+
+# ---- The Store ------------------------------------------------------------------
+
+
+async def test_workers_that_start_at_once_make_one_schema(database):
+    url = database.schema()
+    stores = [PostgresStore(url) for _ in range(8)]
+    await asyncio.gather(*(store.save_thread(thread(f"thr_{number}"), {}) for number, store in enumerate(stores)))
+    assert len((await stores[0].load_threads(100, None, "asc", {})).data) == 8
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_workers_that_add_at_once_agree_on_the_order(database):
+    """Who reads page after page while they add misses nothing."""
+    url = database.schema()
+    stores = [PostgresStore(url) for _ in range(3)]
+    await stores[0].save_thread(thread("thr_1"), {})
+
+    async def add(name: int) -> None:
+        row = AssistantMessageItem(id="", thread_id="thr_1", created_at=NOW, content=[])
+        for number in range(150):
+            row = row.model_copy(update={"id": f"msg_{name}_{number}"})
+            await stores[name % 2].add_thread_item("thr_1", row, {})
+
+    async def read() -> None:
+        while len(seen) < 8 * 150:
+            page = await stores[2].load_thread_items("thr_1", seen[-1] if seen else None, 50, "asc", {})
+            seen.extend(row.id for row in page.data)
+
+    seen: list[str] = []
+    await asyncio.wait_for(asyncio.gather(read(), *map(add, range(8))), 60)
+    stored = await stores[0].load_thread_items("thr_1", None, 10_000, "asc", {})
+    assert seen == [row.id for row in stored.data]
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_a_pool_of_one_connection_serves_all(database):
+    store = PostgresStore(database.schema(), max_size=1)
+    await asyncio.gather(*(store.save_thread(thread(f"thr_{number}"), {}) for number in range(100)))
+    assert len((await store.load_threads(1000, None, "asc", {})).data) == 100
+    await store.close()
+
+
+async def test_deleting_a_thread_deletes_its_items(database):
+    url = database.schema()
+    store = PostgresStore(url)
+    await store.save_thread(thread("thr_1"), {})
+    await store.add_thread_item("thr_1", AssistantMessageItem(id="m", thread_id="thr_1", created_at=NOW, content=[]), {})
+    await store.delete_thread("thr_1", {})
+    with database.connect(url) as connection:
+        assert connection.execute("SELECT count(*) FROM chatkit_items").fetchone() == (0,)
+    await store.close()
+
+
+# ---- Workers --------------------------------------------------------------------
+
+
+def test_a_chat_goes_on_with_another_worker(server, provider, chat):
+    chat.say("one")
+    others = (Chat(server.url, thread_id=chat.thread_id) for _ in range(100))
+    other = next(other for other in others if worker(other) != worker(chat))
+    assert [text_of(item) for item in done(other.say("two"))] == ["You said: two"]
+    assert provider.requests[-1].messages == [("user", "one"), ("assistant", "You said: one"), ("user", "two")]
+    assert other.items() == chat.items()
+
+
+def test_a_worker_is_killed(server, provider, chat):
+    """In the middle of a reply. What was done is stored, and the thread goes on with the other worker or a new one."""
+    chat.say("before")
+    provider.script["go"] = [[Text("one "), ToolCall("clock")], [Text("two "), Silence()]]
+    killed, events = worker(chat), []
+    with pytest.raises(httpx.RemoteProtocolError):
+        for event in chat.start("go"):
+            events.append(event)
+            if '"two "' in event.model_dump_json():
+                os.kill(killed, signal.SIGKILL)
+    stored = done(events, "user_message") + done(events)
+    other = Chat(server.url, thread_id=chat.thread_id)
+    assert [text_of(item) for item in other.items()] == ["before", "You said: before", "go", "one "]
+    assert [item["id"] for item in other.items()[2:]] == [item.id for item in stored]
+    assert [text_of(item) for item in done(other.say("and on"))] == ["You said: and on"]
+    server.wait_for("Application startup complete", 3)
+    started = [int(line.split("[")[1].rstrip("]")) for line in server.log if "Started server process" in line]
+    assert len(started) == 3 and killed in started[:2]
+    assert {worker(Chat(server.url)) for _ in range(100)} == {*started} - {killed}
+
+
+# ---- The database ---------------------------------------------------------------
+
+
+async def test_more_chats_than_connections(server, provider):
+    texts = [f"chat number {number} of many" for number in range(200)]
+    assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
+
+
+async def test_a_slow_database_keeps_only_those_who_need_it(server, database, url, chat):
+    chat.say("hello")
+    lock = Locked(database, url, chat.thread_id)
+    events: list = []
+    slow = threading.Thread(target=lambda: events.extend(chat.say("slow")))
+    slow.start()
+    await lock.awaited()
+    replies = await asyncio.to_thread(say_at_once, server.url, [f"fast {number}" for number in range(20)])
+    assert [text_of(item) for text in replies for item in done(replies[text])] == [f"You said: {text}" for text in replies]
+    assert len(replies) == 20 and not done(events)
+    lock.release()
+    await asyncio.to_thread(slow.join, 20)
+    assert [text_of(item) for item in done(events)] == ["You said: slow"]
+
+
+@pytest.mark.parametrize("written", ["message", "reply"])
+async def test_leaving_while_the_database_writes(server, provider, database, url, chat, written):
+    """What the client has sent, and what it was shown, is stored all the same."""
+    chat.say("hello")
+    silence = Silence()
+    provider.script["go"] = [[Text("one "), Text("two"), silence]]
+    if written == "message":
+        lock = Locked(database, url, chat.thread_id)
+        body = {"type": "threads.add_user_message", "params": {"thread_id": chat.thread_id, "input": message("go")}}
+        with httpx.stream("POST", f"{server.url}/chatkit", json=body):
+            await lock.awaited()
+    else:
+        stream = chat.start("go")
+        next(event for event in stream if '"two"' in event.model_dump_json())
+        lock = Locked(database, url, chat.thread_id)
+        silence.end.set()
+        await lock.awaited()
+        stream.close()
+    lock.release()
+    kept = ["go"] if written == "message" else ["go", "one two"]
+    reader = Chat(server.url, thread_id=chat.thread_id)
+    await until(lambda: len(reader.items()) == 2 + len(kept))
+    assert [text_of(item) for item in reader.items()] == ["hello", "You said: hello", *kept]
+    assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+
+
+async def test_the_database_restarts_between_two_messages(server, database, chat):
+    """Every connection of every worker is dead, and nobody notices."""
+    if not database.cluster:
+        pytest.skip("the database of DATABASE_URL is not ours to restart")
+    texts = [f"chat {number}" for number in range(40)]
+    await many(server.url, texts)
+    chat.say("before")
+    database.cluster.stop()
+    database.cluster.start()
+    assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
+    assert [text_of(item) for item in done(chat.say("after"))] == ["You said: after"]
+    assert [text_of(item) for item in chat.items()] == ["before", "You said: before", "after", "You said: after"]
+
+
+async def test_the_database_stops_while_chats_run(server, database, provider):
+    """Each ends with one error that may be retried; what was confirmed is stored; new ones work without a restart."""
+    if not database.cluster:
+        pytest.skip("the database of DATABASE_URL is not ours to stop")
+    silence = Silence()
+    provider.script["go"] = [[Text("one "), silence, Text("two")]]
+    chats = [Chat(server.url) for _ in range(6)]
+    events = [[] for _ in chats]
+    threads = [
+        threading.Thread(target=lambda chat=chat, seen=seen: [seen.append(event) for event in chat.start("go")])
+        for chat, seen in zip(chats, events)
+    ]
+    for running in threads:
+        running.start()
+    await until(lambda: all('"one "' in str([event.model_dump_json() for event in seen]) for seen in events))
+    database.cluster.stop()
+    silence.end.set()
+    for running in threads:
+        await asyncio.to_thread(running.join, 30)
+    for seen in events:
+        error = error_of(seen)
+        assert (error.code, error.allow_retry) == ("stream.error", True)
+    database.cluster.start()
+    provider.script["go"] = [[Text("three")]]
+    for chat in chats:
+        (asked,) = chat.items()
+        assert text_of(asked) == "go"
+        retried = list(chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]))
+        assert [text_of(item) for item in done(retried)] == ["three"]
+        assert [text_of(item) for item in chat.items()] == ["go", "three"]
