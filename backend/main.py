@@ -31,7 +31,6 @@ Several functions below work around faults of the libraries. README.md lists eac
 
 import asyncio
 import gc
-import itertools
 import json
 import logging
 import os
@@ -53,7 +52,6 @@ load_dotenv(ROOT_DIR / ".env")
 # Both are read at import. Otherwise LiteLLM downloads its price map, and openai-agents uploads traces of every chat.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
-gc.disable()  # the imports create 400,000 objects: collecting garbage meanwhile takes a third of the startup time
 
 import anyio
 import litellm
@@ -65,10 +63,9 @@ from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ClientToolCallItem, ErrorEvent, Page,
-    ProgressUpdateEvent, StreamOptionsEvent, ThreadItem, ThreadItemAddedEvent, ThreadItemDoneEvent,
-    ThreadItemRemovedEvent, ThreadItemUpdatedEvent, ThreadMetadata, ThreadStreamEvent, UserMessageInput,
-    UserMessageItem, UserMessageTagContent, is_streaming_req,
+    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ErrorEvent, Page, ProgressUpdateEvent,
+    StreamOptionsEvent, ThreadItem, ThreadItemDoneEvent, ThreadItemRemovedEvent, ThreadMetadata, ThreadStreamEvent,
+    UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req,
 )  # fmt: skip
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -77,15 +74,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, PositiveFloat, TypeAdapter, ValidationError, conint
 from starlette.requests import ClientDisconnect
 
-gc.freeze()  # scanning those objects again in every full collection would take a tenth of a stream's CPU time
-gc.enable()
+gc.freeze()  # the imports leave 400,000 objects: to scan them in every full collection takes a tenth of a stream's time
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
 INSTRUCTIONS = "You are a helpful assistant."
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key to talk to a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
-TITLE_CHARACTERS = 60
 MAX_BODY_BYTES = 4 * 1024 * 1024
 SILENCE_SECONDS = 15  # an idle stream sends a heartbeat after this time; many proxies close it after 60
 SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM
@@ -231,8 +226,7 @@ DEFAULT_MODELS = dict(gemini="gemini-flash-latest", openai="gpt-4o", anthropic="
 def litellm_name(provider: str, model: str) -> str:
     """Return LiteLLM's name for the model, "provider/model". Stops the start with one line if there is none."""
     if provider not in (DEFAULT_MODELS if model == "auto" else [*DEFAULT_MODELS, *litellm.provider_list]):
-        known = ", ".join(DEFAULT_MODELS)
-        raise SystemExit(f"PROVIDER={provider!r} is none of {known}. Any other LiteLLM provider needs MODEL, too.")
+        raise SystemExit(f"PROVIDER={provider!r} is none of {', '.join(DEFAULT_MODELS)}. Any other needs MODEL, too.")
     prefix = "openai" if provider == "mock" else provider
     return f"{prefix}/{(DEFAULT_MODELS[provider] if model == 'auto' else model).removeprefix(prefix + '/')}"
 
@@ -254,8 +248,9 @@ class EmptyReply(Exception):
     """A turn ended without a text, a tool call or anything else that the user can see."""
 
 
+# The faults of a turn that are raised outside the model. A tool's own errors are none: chatkit logs them.
 GUARDRAILS = InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
-TURN_FAULTS = ModelBehaviorError, ModelRefusalError, EmptyReply, *GUARDRAILS  # raised outside the model
+TURN_FAULTS = EmptyReply, ModelBehaviorError, ModelRefusalError, *GUARDRAILS
 FAULTS = [  # HTTP statuses and exception classes; the message in the chat; whether a retry may help
     ({401, 403}, f"The AI provider refused the key. Check {PROVIDER.upper()}_API_KEY.", False),
     ({404}, f"The AI provider does not know the model {MODEL_NAME}. Check MODEL.", False),
@@ -290,18 +285,14 @@ def faults_explained(*errors: type[Exception]) -> Iterator[None]:
             causes |= {getattr(cause, "status_code", None), *type(cause).__mro__}
             causes |= {ConnectionResetError} if getattr(cause, "generated_content", "") else set()
             cause = cause.__cause__ or cause.__context__
+        text = " ".join(str(error).split())
+        for key in [value for name, value in os.environ.items() if name.endswith("_API_KEY")]:
+            text = text.replace(key, "***")  # some providers repeat it
         for fault, message, allow_retry in FAULTS:
             if fault & causes:
-                logger.error("%s (%s: %s)", message, type(error).__name__, redacted(str(error)))
+                logger.error("%s (%s: %.500s)", message, type(error).__name__, text)
                 raise ProviderFault(message, allow_retry=allow_retry) from error
         raise
-
-
-def redacted(text: str) -> str:
-    """Return the text on one line, without the API keys of the environment."""
-    for key in [value for name, value in os.environ.items() if name.endswith("_API_KEY")]:
-        text = text.replace(key, "***")
-    return " ".join(text.split())[:500]
 
 
 class ProviderModel(LitellmModel):
@@ -316,7 +307,7 @@ class ProviderModel(LitellmModel):
 
 
 class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
-    """The chunks of a reply. Raises ProviderFault if one takes too long, or if the stream ends before the reply does."""
+    """The chunks of a reply. Raises ProviderFault if one takes too long, or if the stream ends too early."""
 
     def __init__(self, stream: litellm.CustomStreamWrapper, model: str) -> None:
         self.stream, self.model = stream, model
@@ -338,8 +329,8 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
         if finish_reason == "content_filter":
             raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
         if finish_reason is None:
-            ended = "the stream ended before the reply did"
-            raise ConnectionResetError(ended) if self.stream.response_uptil_now else ModelBehaviorError(ended)
+            fault = ConnectionResetError if self.stream.response_uptil_now else ModelBehaviorError
+            raise fault("the stream ended before the reply did")
 
     async def aclose(self) -> None:
         """Close the provider's connection; openai-agents calls this. LiteLLM leaves Anthropic's open, so find it."""
@@ -356,12 +347,8 @@ model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME
 
 REQUEST = TypeAdapter(ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
-# The method that supports an operation, if you write it, and the type of the item that an operation is for.
-METHODS = {"threads.custom_action": "action", "threads.sync_custom_action": "sync_action", "input.transcribe": "transcribe"}
-ITEM_TYPES = {
-    "threads.custom_action": "widget", "threads.sync_custom_action": "widget",
-    "threads.retry_after_item": "user_message", "threads.add_structured_input": "structured_input",
-}  # fmt: skip
+METHODS = {"custom_action": "action", "sync_custom_action": "sync_action", "transcribe": "transcribe"}  # yours to write
+ITEM_TYPES = {"threads.retry_after_item": "user_message", "threads.add_structured_input": "structured_input"}
 
 
 class Converter(ThreadItemConverter):
@@ -399,7 +386,6 @@ class RunEvents:
 class ChatKitServerImpl(ChatKitServer[dict]):
     def __init__(self, store: Store[dict]) -> None:
         super().__init__(store)
-        self.converter = Converter()
         options = {"mock_response": MOCK_REPLY} if PROVIDER == "mock" else {"max_retries": 0}
         settings = ModelSettings(include_usage=True, extra_args=options)
         self.agent = Agent[AgentContext]("Assistant", instructions=INSTRUCTIONS, model=model, model_settings=settings)
@@ -427,10 +413,11 @@ class ChatKitServerImpl(ChatKitServer[dict]):
                 raise HTTPException(400, reason)
 
         kind, params = request.type, dict(request.params)
-        require(METHODS.get(kind) in {None, *vars(type(self))}, f"{kind} is not supported by this server.")
+        require(METHODS.get(kind.partition(".")[2]) in {None, *vars(type(self))}, f"{kind} is not supported.")
         require(self.attachment_store or not kind.startswith("attachments."), "Attachments are not configured.")
         require((params.get("limit") or 1) > 0, "limit must be at least 1.")
-        thread_id, item_id, item_type = params.get("thread_id"), params.get("item_id"), ITEM_TYPES.get(kind)
+        thread_id, item_id = params.get("thread_id"), params.get("item_id")
+        item_type = "widget" if kind.endswith("custom_action") else ITEM_TYPES.get(kind)
         if thread_id is not None:
             await self.store.load_thread(thread_id, context)
         for id in params.get("item_ids", [] if item_id is None else [item_id]):
@@ -448,16 +435,15 @@ class ChatKitServerImpl(ChatKitServer[dict]):
 
     async def stop_turns(self, thread_id: str) -> None:
         """Stop the thread's turns in this process, and wait until what they streamed is stored."""
-        tasks = {task for task in asyncio.all_tasks() if task.get_name() == thread_id} - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=SHUTDOWN_SECONDS)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            if task.get_name() == thread_id:
+                task.cancel()
+                await asyncio.wait([task], timeout=SHUTDOWN_SECONDS)
 
     async def respond(self, thread: ThreadMetadata, input: UserMessageItem | None, context: dict) -> Events:
         """Stream the agent's reply to the thread, in which `input` is already stored. Raises CustomStreamError."""
         if thread.title is None and input:
-            thread.title = message_text(input)[:TITLE_CHARACTERS] or None
+            thread.title = message_text(input)[:60] or None
             yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))  # chatkit saves the title
         asyncio.current_task().set_name(thread.id)  # for stop_turns
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
@@ -473,11 +459,12 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         """The model's input: the newest items of the thread, oldest first, starting with a user message."""
         items = (await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)).data[::-1]
         # Some providers refuse a conversation that starts with the assistant.
-        from_user = list(itertools.dropwhile(lambda item: item.type != "user_message", items))
-        return await self.converter.to_agent_input(from_user or items)
+        start = next((number for number, item in enumerate(items) if item.type == "user_message"), 0)
+        return await Converter().to_agent_input(items[start:])
 
     async def handle_stream_cancelled(self, thread: ThreadMetadata, pending_items: list, context: dict) -> None:
         """Store what was streamed when the client stopped or left: reasoning here, text in chatkit."""
+        asyncio.current_task().set_name(thread.id)  # for stop_turns
         # Starlette cancels every await that follows, hence the shield. The thread may have been deleted meanwhile.
         with anyio.CancelScope(shield=True), suppress(NotFoundError):
             for item in pending_items:
@@ -499,20 +486,19 @@ async def with_unique_ids(events: Events, agent_context: AgentContext, result: R
     """
     id_mapping: defaultdict[str, list[str]] = defaultdict(list)  # the model's id -> ours, newest last
     async for event in events:
-        match event:
-            case ThreadItemAddedEvent(item=AssistantMessageItem() as item):
-                id_mapping[item.id].append(agent_context.generate_id("message"))
-                item.id = id_mapping[item.id][-1]
-            case ThreadItemUpdatedEvent(item_id=old_id) if old_id in id_mapping:
-                event.item_id = id_mapping[old_id][-1]
-            case ThreadItemDoneEvent(item=AssistantMessageItem() as item) if item.id in id_mapping:
-                item.id = id_mapping[item.id][-1]
-            case ThreadItemDoneEvent(item=ClientToolCallItem(id="__fake_id__") as item):
-                item.id = agent_context.generate_id("tool_call")
-            case ThreadItemRemovedEvent(item_id="__fake_id__"):  # a guardrail removes the whole turn
-                for new_id in id_mapping["__fake_id__"]:
-                    yield ThreadItemRemovedEvent(item_id=new_id)
-                continue
+        if event.type == "thread.item.added" and event.item.type == "assistant_message":
+            id_mapping[event.item.id].append(agent_context.generate_id("message"))
+            event.item.id = id_mapping[event.item.id][-1]
+        elif event.type == "thread.item.updated" and event.item_id in id_mapping:
+            event.item_id = id_mapping[event.item_id][-1]
+        elif event.type == "thread.item.done" and event.item.type == "client_tool_call":
+            event.item.id = agent_context.generate_id("tool_call")
+        elif event.type == "thread.item.done" and event.item.id in id_mapping:
+            event.item.id = id_mapping[event.item.id][-1]
+        elif event.type == "thread.item.removed" and event.item_id in {"__fake_id__", *id_mapping}:  # by a guardrail
+            for new_id in id_mapping[event.item_id]:
+                yield ThreadItemRemovedEvent(item_id=new_id)
+            continue
         yield event
 
 
@@ -528,21 +514,19 @@ async def with_reply(events: Events, agent_context: AgentContext, result: RunRes
 
 async def with_unfinished_items(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
     """Complete the items that an error interrupts, so that chatkit stores what was streamed of them."""
-    unfinished: dict[str, ThreadItem] = {}
-    texts: defaultdict[str, str] = defaultdict(str)
+    unfinished, texts = {}, defaultdict(str)  # by item id
     try:
         async for event in events:
-            match event:
-                case ThreadItemAddedEvent(item=item):
-                    unfinished[item.id] = item
-                case ThreadItemUpdatedEvent(item_id=id, update=update):
-                    texts[id] += getattr(update, "delta", "")
-                case ThreadItemDoneEvent() | ThreadItemRemovedEvent():
-                    unfinished.pop(getattr(event, "item_id", None) or event.item.id, None)
+            if event.type == "thread.item.added":
+                unfinished[event.item.id] = event.item
+            elif event.type == "thread.item.updated":
+                texts[event.item_id] += getattr(event.update, "delta", "")
+            elif event.type in ("thread.item.done", "thread.item.removed"):
+                unfinished.pop(event.item.id if event.type == "thread.item.done" else event.item_id, None)
             yield event
     except Exception:
         for id, item in unfinished.items():
-            if isinstance(item, AssistantMessageItem):
+            if item.type == "assistant_message":
                 item.content = [AssistantMessageContent(text=texts[id])]
             yield ThreadItemDoneEvent(item=item)
         raise
@@ -554,6 +538,7 @@ async def with_cancellation(events: Events, agent_context: AgentContext, result:
         async for event in events:
             yield event
     finally:
+        asyncio.current_task().set_name("")
         result.cancel()
         # One more event, which nobody reads, ends the queue getter that chatkit's _merge_generators leaves behind
         # ("Task was destroyed but it is pending!").
@@ -569,9 +554,8 @@ async def with_log_line(events: Events, agent_context: AgentContext, result: Run
                 first_delta = f"{time.monotonic() - started:.3f}"
             yield event
     finally:
-        error, seconds = sys.exc_info()[1], f"{time.monotonic() - started:.3f}"
+        seconds, error, usage = f"{time.monotonic() - started:.3f}", sys.exc_info()[1], result.context_wrapper.usage
         end = "done" if error is None else "fault" if isinstance(error, Exception) else "stopped"
-        usage = result.context_wrapper.usage
         tokens = usage.input_tokens or "-", usage.output_tokens or "-"
         logger.info(TURN_LOG, agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, seconds, *tokens)
 

@@ -182,13 +182,16 @@ class Chat:
         with self.http.stream("POST", "/chatkit", json=body) as response:
             assert response.status_code == 200, response.read()
             assert response.headers["content-type"].startswith("text/event-stream")
-            for line in response.iter_lines():
-                if line:
+            rest = ""
+            for text in response.iter_text():  # not iter_lines, which also splits at U+2028
+                *lines, rest = (rest + text).split("\n\n")
+                for line in lines:
                     assert line.startswith("data: "), line
                     event = EVENT.validate_python(json.loads(line.removeprefix("data: ")))
                     if event.type == "thread.created":
                         self.thread_id = event.thread.id
                     yield event
+            assert not rest
 
     def start(self, text: str, **more):
         """The events that answer a message, the first of which makes the thread."""

@@ -7,6 +7,7 @@ the scripts in the tests call.
 import asyncio
 import gc
 import os
+import time
 
 import uvicorn
 from agents import GuardrailFunctionOutput, RunContextWrapper, StopAtTools, function_tool, output_guardrail
@@ -93,6 +94,22 @@ async def add_thread_item(thread_id, item, context, add=main.store.add_thread_it
 
 
 main.store.add_thread_item = add_thread_item
+
+
+def completion(*args, original=main.litellm.main.completion, **kwargs):
+    """LiteLLM prepares a request in a thread; some take their time."""
+    slow = "slow to prepare" in str(kwargs.get("messages"))
+    if slow:
+        print("preparing", flush=True)
+        time.sleep(0.3)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        if slow:
+            print("prepared", flush=True)
+
+
+main.litellm.main.completion = completion
 main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
 
 

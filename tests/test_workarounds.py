@@ -247,6 +247,18 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
     await asyncio.wait_for(closed.wait(), 5)
 
 
+async def test_leaving_while_a_request_is_prepared(custom_chat, customised):
+    """LiteLLM prepares it in a thread. Nobody awaits what the thread returns: "coroutine ... was never awaited"."""
+    times = customised.log.count("prepared") + 1
+    with customised.no_new("never awaited"):
+        stream = custom_chat.start("slow to prepare")
+        next(stream)
+        customised.wait_for("preparing", times)
+        stream.close()
+        customised.wait_for("prepared", times)
+        assert httpx.get(f"{customised.url}/collect").status_code == 200
+
+
 async def test_leaving_while_something_is_sent(main):
     """Starlette cancels the stream where it sends, and chatkit's generator is dropped without a word."""
     sends, heard = asyncio.Event(), []
