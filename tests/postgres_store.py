@@ -1,18 +1,20 @@
-"""chatkit's Store on PostgreSQL 13 or newer, for as many workers as you like. Copy it beside main.py and change one line:
+"""chatkit's Store on PostgreSQL 13 or newer, for any number of workers. Copy it beside main.py and change one line:
 
-    from postgres_store import PostgresStore          (pip install "psycopg[binary,pool]")
+    from postgres_store import PostgresStore          # pip install "psycopg[binary,pool]"
 
     store = PostgresStore(os.environ["DATABASE_URL"])
 
-Each method is one statement, so one round trip and one transaction. Each may be repeated, and is if its connection
-turns out to be dead. Raises chatkit's NotFoundError for what is missing or another user's, psycopg_pool's PoolTimeout
-if no connection is free within `timeout` seconds, and psycopg's OperationalError if the database is gone.
+Each method sends one statement: one round trip, one transaction. Every statement may be repeated, and is repeated once
+if its connection turns out to be dead. Raises chatkit's NotFoundError for what is missing or belongs to another user,
+psycopg_pool's PoolTimeout if no connection is free within `timeout` seconds, and psycopg's OperationalError if the
+database does not answer.
 """
 
 import re
 import secrets
 
 import anyio
+from chatkit.errors import CustomStreamError
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import Attachment, Page, ThreadItem, ThreadMetadata
 from psycopg import OperationalError
@@ -20,9 +22,9 @@ from psycopg.errors import QueryCanceled
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from pydantic import BaseModel, TypeAdapter
 
-# `number` grows with every new row: rows are listed in the order in which they were added. `owner` is the user's id.
+# `number` grows with every row, so it is the order of addition. `owner` is the user's id, "" without users.
 SCHEMA = """
-SELECT pg_advisory_xact_lock(727464);  -- CREATE ... IF NOT EXISTS fails in two workers at once
+SELECT pg_advisory_xact_lock(727464);  -- two workers that run CREATE ... IF NOT EXISTS at once would fail
 CREATE TABLE IF NOT EXISTS chatkit_threads (
     id text PRIMARY KEY, owner text NOT NULL, number bigint GENERATED ALWAYS AS IDENTITY, data jsonb NOT NULL
 );
@@ -35,17 +37,19 @@ CREATE UNIQUE INDEX IF NOT EXISTS chatkit_items_page ON chatkit_items (owner, th
 CREATE TABLE IF NOT EXISTS chatkit_attachments (id text PRIMARY KEY, owner text NOT NULL, data jsonb NOT NULL);
 """
 ITEM = TypeAdapter(ThreadItem)
-KINDS = {  # kind: its table, its type, the rows that a context may see
+TABLES = {  # kind of row -> its table, its type, the condition for the rows that a context may see
     "Thread": ("chatkit_threads", TypeAdapter(ThreadMetadata), "owner = %(owner)s"),
     "Item": ("chatkit_items", ITEM, "owner = %(owner)s AND thread_id = %(thread_id)s"),
     "Attachment": ("chatkit_attachments", TypeAdapter(Attachment), "owner = %(owner)s"),
 }
 
 
+class ThreadDeleted(NotFoundError, CustomStreamError):
+    """Another worker has deleted the thread. chatkit shows the message if a reply is streaming into the thread."""
 
 
 def to_jsonb(text: str) -> str:
-    """JSON without NUL, which jsonb cannot hold: U+FFFE, a character that no text needs, escapes NUL and itself."""
+    """Escape NUL, which jsonb cannot store, with U+FFFE, a code point that no text contains, and U+FFFE with itself."""
     text = text.replace("\ufffe", "\ufffe1")
     return re.sub(r"\\u0000|\\.", lambda found: "\ufffe0" if found[0] == r"\u0000" else found[0], text)
 
@@ -56,34 +60,34 @@ def from_jsonb(text: str) -> str:
 
 class PostgresStore(Store[dict]):
     def __init__(self, url: str, max_size: int = 10, timeout: float = 30) -> None:
-        """At most `max_size` connections in each worker; a statement waits at most `timeout` seconds for one."""
+        """Open at most `max_size` connections per worker; a statement waits at most `timeout` seconds for one."""
         options = {"min_size": 1, "max_size": max_size, "timeout": timeout, "reconnect_timeout": timeout}
         self.pool = AsyncConnectionPool(url, kwargs={"autocommit": True}, open=False, **options)
         self.opened = False
 
     async def open(self) -> None:
-        """Connect, and create what is missing. The first statement does it."""
+        """Connect, and create the tables if they are missing. The first statement calls this."""
         await self.pool.open()
         async with self.pool.connection() as connection:
             found = await connection.execute("SELECT to_regclass('chatkit_attachments')")
             if await found.fetchone() == (None,):
-                await connection.execute(SCHEMA)  # one transaction, as it is sent in one piece
+                await connection.execute(SCHEMA)  # sent in one piece, so it is one transaction
         self.opened = True
 
     async def close(self) -> None:
         await self.pool.close()
 
     async def rows(self, statement: str, context: dict, **values: str | int) -> list[tuple]:
-        """The rows that the statement returns, once more on a new connection if this one is dead."""
+        """Return the rows of the statement; repeat it on a new connection if this one is dead."""
         values = {"owner": context.get("user_id", ""), **values}
         values = {name: value.replace("\0", "\ufffe0") if name != "limit" else value for name, value in values.items()}
-        with anyio.CancelScope(shield=True):  # what a client began to write is written when it leaves, too
+        with anyio.CancelScope(shield=True):  # a client that leaves must not interrupt a write
             try:
                 return await self.rows_once(statement, values)
             except (PoolTimeout, QueryCanceled):
                 raise
             except OperationalError:
-                await self.pool.check()  # a restart of the database leaves none alive
+                await self.pool.check()  # after a restart of the database all connections are dead
                 return await self.rows_once(statement, values)
 
     async def rows_once(self, statement: str, values: dict) -> list[tuple]:
@@ -94,7 +98,7 @@ class PostgresStore(Store[dict]):
             return await cursor.fetchall() if cursor.description else []
 
     async def load(self, kind: str, id: str, context: dict, thread_id: str = ""):
-        table, adapter, where = KINDS[kind]
+        table, adapter, where = TABLES[kind]
         statement = f"SELECT data::text FROM {table} WHERE {where} AND id = %(id)s"
         rows = await self.rows(statement, context, id=id, thread_id=thread_id)
         if not rows:
@@ -102,8 +106,8 @@ class PostgresStore(Store[dict]):
         return adapter.validate_json(from_jsonb(rows[0][0]))
 
     async def save(self, kind: str, row: BaseModel, context: dict) -> None:
-        """Add the thread or attachment, or replace it where it stands."""
-        table, adapter, _ = KINDS[kind]
+        """Add the thread or attachment, or replace it in place."""
+        table, adapter, _ = TABLES[kind]
         statement = (
             f"INSERT INTO {table} AS stored (id, owner, data) VALUES (%(id)s, %(owner)s, %(data)s) "
             "ON CONFLICT (id) DO UPDATE SET data = excluded.data WHERE stored.owner = excluded.owner RETURNING id"
@@ -111,21 +115,21 @@ class PostgresStore(Store[dict]):
         if not await self.rows(statement, context, id=row.id, data=to_jsonb(adapter.dump_json(row).decode())):
             raise NotFoundError(f"{kind} {row.id} not found")
 
-    async def page(self, kind: str, after: str | None, limit: int, order: str, context: dict, thread_id: str = "") -> Page:
-        table, adapter, where = KINDS[kind]
+    async def page(self, kind: str, after: str | None, limit: int, order: str, context: dict, thread_id="") -> Page:
+        table, adapter, where = TABLES[kind]
         beyond, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
         start = f"AND number {beyond} (SELECT number FROM {table} WHERE {where} AND id = %(after)s)" if after else ""
         statement = f"SELECT data::text FROM {table} WHERE {where} {start} ORDER BY number {direction} LIMIT %(limit)s"
         limit = min(limit, 2**31)
         rows = await self.rows(statement, context, after=after or "", limit=limit + 1, thread_id=thread_id)
         if after and not rows:
-            await self.load(kind, after, context, thread_id)  # NotFoundError, unless it is the last one
+            await self.load(kind, after, context, thread_id)  # raises NotFoundError unless it is the last row
         data = [adapter.validate_json(from_jsonb(text)) for (text,) in rows[:limit]]
         more = len(rows) > limit
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     async def delete(self, kind: str, id: str, context: dict, thread_id: str = "") -> None:
-        table, _, where = KINDS[kind]
+        table, _, where = TABLES[kind]
         await self.rows(f"DELETE FROM {table} WHERE {where} AND id = %(id)s", context, id=id, thread_id=thread_id)
 
     # ---- chatkit's Store
@@ -134,7 +138,7 @@ class PostgresStore(Store[dict]):
         return self.generate_item_id("thread", None, context)
 
     def generate_item_id(self, item_type: StoreItemType, thread, context):
-        return f"{default_generate_id(item_type).split('_')[0]}_{secrets.token_hex(16)}"  # chatkit's have 32 bits
+        return f"{default_generate_id(item_type).split('_')[0]}_{secrets.token_hex(16)}"  # chatkit's 32-bit ids collide
 
     async def load_thread(self, thread_id, context):
         return await self.load("Thread", thread_id, context)
@@ -152,7 +156,7 @@ class PostgresStore(Store[dict]):
         return await self.page("Item", after, limit, order, context, thread_id)
 
     async def add_thread_item(self, thread_id, item, context):
-        # The lock on the thread makes workers that add to it take turns, so that numbers come in the order of commits.
+        # The row lock makes concurrent writers wait, so that numbers are in the order of the commits.
         statement = (
             "WITH thread AS (SELECT id, owner FROM chatkit_threads "
             "WHERE owner = %(owner)s AND id = %(thread_id)s FOR UPDATE) "
@@ -162,7 +166,7 @@ class PostgresStore(Store[dict]):
         )
         data = to_jsonb(ITEM.dump_json(item).decode())
         if not await self.rows(statement, context, thread_id=thread_id, id=item.id, data=data):
-            raise NotFoundError(f"Thread {thread_id} not found")
+            raise ThreadDeleted(f"Thread {thread_id} not found")
 
     save_item = add_thread_item
 

@@ -14,6 +14,7 @@ from postgres_store import PostgresStore
 from provider import Silence, Text, ToolCall
 from test_leaving import many
 from test_store import NOW, thread
+from test_turns import Reading
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +146,24 @@ def test_a_worker_is_killed(server, provider, chat):
     started = [int(line.split("[")[1].rstrip("]")) for line in server.log if "Started server process" in line]
     assert len(started) == 3 and killed in started[:2]
     assert {worker(Chat(server.url)) for _ in range(100)} == {*started} - {killed}
+
+
+async def test_another_worker_deletes_a_thread(server, provider, chat):
+    """While a reply streams into it: the stream ends with one error event, and nothing is stored."""
+    silence = Silence()
+    provider.script["go"] = [[Text("one "), silence, Text("two")]]
+    here = worker(chat)
+    other = next(other for other in (Chat(server.url) for _ in range(100)) if worker(other) != here)
+    with server.no_new("Traceback"):
+        reading = Reading(chat.start("go"))
+        await reading.until('"one "')
+        other.get("threads.delete", thread_id=chat.thread_id)
+        silence.end.set()
+        error = error_of(await reading.end())
+    assert (error.code, error.message) == ("custom", f"Thread {chat.thread_id} not found")
+    assert provider.requests[-1].closed.wait(1)
+    for one in (chat, other):
+        assert chat.thread_id not in one.http.get("/debug/threads").json()
 
 
 # ---- The database ---------------------------------------------------------------
