@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 from chatkit.types import ThreadStreamEvent
+from forked import Forked
 from pydantic import TypeAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,9 +48,10 @@ class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
-    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says."""
+    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says.
+    With `fork`: a fork of a process that has done the imports (tests/forked.py)."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, workers: int = 0):
+    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, workers=0, fork=False):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = Path(shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py"))
         self.workers = workers
@@ -65,24 +67,28 @@ class Server:
             command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
             shutil.copy(ROOT / "tests" / "postgres_store.py", main.parent)
             use_postgres(main)
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={
-                "PATH": os.environ["PATH"],
-                "HOME": str(folder),
-                "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
-                "PYTHONUNBUFFERED": "1",
-                # What Python will drop is an error in main.py.
-                "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",
-                "HOST": "127.0.0.1",
-                "PORT": str(self.port),
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
+            "PYTHONUNBUFFERED": "1",
+            # What Python will drop is an error in main.py.
+            "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            **environment,
+        }
+        if fork:
+            self.process = Forked(command[1], environment, folder)
+        else:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 

@@ -105,6 +105,8 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
 }
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
+# These start as a user starts them, the others as forks of a process that has done the imports.
+NEW_PROCESSES = ("gemini", "env_file", "stopped")
 PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
 
@@ -123,7 +125,9 @@ def servers(request, provider, database, tmp_path_factory):
         environment = {**provider.environment(), "DATABASE": str(sqlite), **SERVERS[name]}
         if database and name in eager:
             environment["DATABASE_URL"] = database.schema()
-        return Server(folder, environment, program and TESTS / program, 2 * ("DATABASE_URL" in environment)).started()
+        workers = 2 * ("DATABASE_URL" in environment)
+        fork = not workers and name not in NEW_PROCESSES
+        return Server(folder, environment, program and TESTS / program, workers, fork).started()
 
     with ThreadPoolExecutor(2) as pool:
 

@@ -1,0 +1,75 @@
+"""Server processes forked from one that has done the imports already: they take seconds in each new process.
+
+A forked server still runs its program from the first line, as `__main__`, with an environment made from scratch.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["warm"])
+
+
+@contextmanager
+def forkserver_environment():
+    """The forkserver starts with no variable but these."""
+    environment = dict(os.environ)
+    os.environ.clear()
+    os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(TESTS)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def run(program: str, environment: dict[str, str], folder: str, output) -> None:
+    """Do in this fork what `python PROGRAM` does in a new process."""
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [program]
+    sys.path[:0] = [str(Path(program).parent), *environment["PYTHONPATH"].split(os.pathsep)]
+    warnings.filterwarnings("error", category=DeprecationWarning, module=environment["PYTHONWARNINGS"].split(":")[-1])
+    runpy.run_path(program, run_name="__main__")
+
+
+class Forked:
+    """A program in a fork, with the methods of subprocess.Popen that the tests use."""
+
+    def __init__(self, program: str, environment: dict[str, str], folder: Path):
+        reader, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=run, args=(program, environment, str(folder), writer), daemon=True)
+        with forkserver_environment():
+            self.process.start()
+        writer.close()
+        self.pid = self.process.pid
+        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        reader.close()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, seconds: float) -> int:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), seconds)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
