@@ -106,7 +106,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
 # These start as a user starts them, the others as forks of a process that has done the imports.
-NEW_PROCESSES = ("gemini", "env_file", "stopped")
+NEW_PROCESSES = ("gemini", "env_file")
 PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
 

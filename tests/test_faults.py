@@ -1,10 +1,11 @@
 """The provider fails: one error event that says what to do, one log line, and the thread goes on."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from agents import ModelSettings, ModelTracing
-from client import ROOT, done, error_of, say_at_once, text_of
+from client import ROOT, Chat, done, error_of, say_at_once, text_of
 from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
 
 KEYS = ("gemini-key-0123456789", "openai-key-0123456789", "anthropic-key-0123456789")
@@ -68,16 +69,21 @@ def test_fault(chat, server, provider, provider_name, fault):
         assert key not in "\n".join(server.log)
 
 
-def test_silence(custom_chat, provider):
+def test_silence(customised, provider):
     """Before the first token and between two: the connection is closed, the text stays."""
-    for steps, kept in ([Silence()], ""), ([*PARTIAL, Silence()], "The first half"):
-        provider.script["quiet?"] = [steps]
-        events = custom_chat.say("quiet?")
-        error = error_of(events)
+    silences = {"at once": ([Silence()], ""), "later": ([*PARTIAL, Silence()], "The first half")}
+    provider.script.update({text: [steps] for text, (steps, _) in silences.items()})
+    chats = {text: Chat(customised.url) for text in silences}
+    with ThreadPoolExecutor() as pool:
+        streams = dict(zip(chats, pool.map(lambda text: chats[text].say(text), chats)))
+    for text, (_, kept) in silences.items():
+        error = error_of(streams[text])
         assert (error.code, error.allow_retry) == ("custom", True) and "timed out" in error.message
-        assert provider.requests[-1].closed.wait(1)
-        assert text_of(custom_chat.items()[-1]) == (kept or "quiet?")
-    assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
+        assert text_of(chats[text].items()[-1]) == (kept or text)
+    for request in provider.requests:
+        assert request.closed.wait(1)
+    for chat in chats.values():
+        assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
 
 
 @pytest.mark.anyio

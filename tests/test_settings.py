@@ -38,7 +38,7 @@ def test_an_unusable_setting_stops_the_start_with_one_line(tmp_path, environment
 
 
 def test_an_unusable_port_as_an_operator_sees_it(tmp_path):
-    server = Server(tmp_path, {"PROVIDER": "mock", "PORT": "99999"})
+    server = Server(tmp_path, {"PROVIDER": "mock", "PORT": "99999"}, fork=True)
     assert server.process.wait(60) == 1
     server.reader.join(10)
     assert server.log == ["PORT='99999': Input should be less than 65536.", "(end of log)"]

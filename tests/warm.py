@@ -12,7 +12,9 @@ import agents.extensions.models.litellm_model  # noqa: E402, F401
 import chatkit.server  # noqa: E402, F401
 import fastapi.security  # noqa: E402, F401
 import litellm  # noqa: E402, F401
-import uvicorn  # noqa: E402, F401
+import litellm.proxy._types  # noqa: E402, F401
+import openai.resources.chat  # noqa: E402, F401
+import uvicorn.protocols.http.auto  # noqa: E402, F401
 
 import forked  # noqa: E402, F401
 
