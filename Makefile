@@ -14,7 +14,7 @@ UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-postgres test-latest bench lock check-lock clean
+.PHONY: help venv run test test-postgres postgres test-latest bench bench-postgres lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,17 +27,22 @@ run: venv  ## Run the server; for example make run PROVIDER=mock PORT=9000
 test: venv  ## Run the tests
 	$(VENV)/bin/python -m pytest -q tests
 
-test-postgres: venv  ## Run the tests of everything that stores on PostgreSQL, with two workers
-	@$(VENV)/bin/python tests/cluster.py
-	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt
+test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with two workers
 	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
+
+postgres: venv
+	@$(VENV)/bin/python tests/cluster.py
+	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt -c backend/constraints.txt
 
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python -m pytest -q tests
 
-bench: venv  ## Measure the server against bare LiteLLM (a minute or two)
+bench: venv  ## Measure the server against openai-agents and LiteLLM alone (a few minutes)
 	$(VENV)/bin/python tests/bench.py
+
+bench-postgres: postgres  ## Measure it on PostgreSQL, with one worker and with two
+	$(VENV)/bin/python tests/bench.py --postgres
 
 lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
 	@# Where uv needs two versions of a package, the older one may serve all; if not, both stay, with their markers.

@@ -52,6 +52,7 @@ load_dotenv(ROOT_DIR / ".env")
 # Both are read at import. Otherwise LiteLLM downloads its price map, and openai-agents uploads traces of every chat.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
+gc.set_threshold(20_000)  # the imports create 400,000 objects: with the default of 700 they take a quarter longer
 
 import anyio
 import litellm
@@ -73,8 +74,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, PositiveFloat, TypeAdapter, ValidationError, conint
 from starlette.requests import ClientDisconnect
-
-gc.freeze()  # the imports leave 400,000 objects: to scan them in every full collection takes a tenth of a stream's time
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
@@ -347,7 +346,8 @@ model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME
 
 REQUEST = TypeAdapter(ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
-METHODS = {"custom_action": "action", "sync_custom_action": "sync_action", "transcribe": "transcribe"}  # yours to write
+# The methods that you have to write to support an operation, and the type of the item that an operation is about.
+METHODS = {"custom_action": "action", "sync_custom_action": "sync_action", "transcribe": "transcribe"}
 ITEM_TYPES = {"threads.retry_after_item": "user_message", "threads.add_structured_input": "structured_input"}
 
 
@@ -441,14 +441,16 @@ class ChatKitServerImpl(ChatKitServer[dict]):
                 await asyncio.wait([task], timeout=SHUTDOWN_SECONDS)
 
     async def respond(self, thread: ThreadMetadata, input: UserMessageItem | None, context: dict) -> Events:
-        """Stream the agent's reply to the thread, in which `input` is already stored. Raises CustomStreamError."""
+        """Stream the agent's reply to the thread, in which chatkit has stored `input`. Raises CustomStreamError."""
         if thread.title is None and input:
             thread.title = message_text(input)[:60] or None
-            yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))  # chatkit saves the title
+            # After this event chatkit saves the title. Later the thread may have been deleted, and would come back.
+            yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
         asyncio.current_task().set_name(thread.id)  # for stop_turns
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         result = Runner.run_streamed(self.agent, await self.history(thread, context), context=agent_context)
         events = stream_agent_response(agent_context, RunEvents(result))
+        # Each stage is a function further down, with one idea; it works, and can be deleted, without the others.
         for stage in (with_unique_ids, with_reply, with_unfinished_items, with_cancellation, with_log_line):
             events = stage(events, agent_context, result)
         with faults_explained(*TURN_FAULTS):
@@ -473,10 +475,7 @@ class ChatKitServerImpl(ChatKitServer[dict]):
             await super().handle_stream_cancelled(thread, pending_items, context)
 
 
-TURN_LOG = "turn thread=%s provider=%s model=%s end=%s first_delta=%s seconds=%s input_tokens=%s output_tokens=%s"
-
-# The events of a turn pass through these generators in the order in which respond lists them.
-
+# ---- The stages of a turn: its events pass through these generators, in the order in which respond lists them.
 
 async def with_unique_ids(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
     """Give each message and client tool call an id of its own.
@@ -545,19 +544,22 @@ async def with_cancellation(events: Events, agent_context: AgentContext, result:
         await agent_context.stream(ProgressUpdateEvent(text=""))
 
 
+TURN = "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%s input_tokens=%s output_tokens=%s"
+
+
 async def with_log_line(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Log one line per turn. Tokens are those of the model's completed responses, "-" if the provider does not tell."""
+    """Log one line per turn. Tokens: the sum of the model's completed responses, "-" if the provider does not say."""
     started, first_delta = time.monotonic(), "-"
     try:
         async for event in events:
             if first_delta == "-" and event.type == "thread.item.updated":
-                first_delta = f"{time.monotonic() - started:.3f}"
+                first_delta = f"{time.monotonic() - started:.3f}s"
             yield event
     finally:
-        seconds, error, usage = f"{time.monotonic() - started:.3f}", sys.exc_info()[1], result.context_wrapper.usage
+        total, error, usage = f"{time.monotonic() - started:.3f}s", sys.exc_info()[1], result.context_wrapper.usage
         end = "done" if error is None else "fault" if isinstance(error, Exception) else "stopped"
         tokens = usage.input_tokens or "-", usage.output_tokens or "-"
-        logger.info(TURN_LOG, agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, seconds, *tokens)
+        logger.info(TURN, os.getpid(), agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, total, *tokens)
 
 
 def message_text(message: UserMessageItem | UserMessageInput) -> str:

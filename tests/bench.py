@@ -1,6 +1,7 @@
-"""make bench: what this server costs on top of LiteLLM, against the loopback provider.
+"""make bench: what this server costs on top of LiteLLM, measured against the loopback provider.
 
-Every figure that is a ratio compares two runs of this session, in pairs, and is the median.
+make bench-postgres: the same server on PostgreSQL, with one worker and with two. Every ratio is the median of pairs of
+runs, measured one right after the other. Words on the command line select figures by their names.
 """
 
 import asyncio
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import date, datetime
 from pathlib import Path
 
 import httpx
-from client import Server, free_port, load_main, memory, message
+from client import Server, free_port, load_main, memory, message, processes
+from cluster import Database
 from provider import Provider
 
 HERE = Path(__file__).parent
@@ -45,6 +48,28 @@ async def main():
     print((time.process_time() - began) / deltas, flush=True)
     os._exit(0)
 asyncio.run(main())
+"""
+# openai-agents' own loop over main.py's model and agent, without chatkit and HTTP; otherwise the same.
+AGENTS = """
+import asyncio, os, sys, tempfile, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from client import load_main
+main = load_main(Path(tempfile.mkdtemp()) / "main", dict(os.environ))
+async def stream(enough=None):
+    deltas = 0
+    async for event in main.Runner.run_streamed(main.server.agent, "hello").stream_events():
+        deltas += event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
+        if deltas == enough:
+            break
+    return deltas
+async def run():
+    await stream(enough=1)
+    began = time.process_time()
+    deltas = sum(await asyncio.gather(*(stream() for _ in range(int(sys.argv[2])))))
+    print((time.process_time() - began) / deltas, flush=True)
+    os._exit(0)
+asyncio.run(run())
 """
 IMPORTS = """
 import os
@@ -98,8 +123,9 @@ class Upstream:
         self.process.wait()
 
 
-def serve(upstream: Upstream) -> Server:
-    return Server(Path(tempfile.mkdtemp()), upstream.environment()).started()
+def serve(upstream: Upstream, workers: int = 0, **environment: str) -> Server:
+    """The server, ready; with `workers`, on the PostgreSQL of DATABASE_URL."""
+    return Server(Path(tempfile.mkdtemp()), {**upstream.environment(), **environment}, workers=workers).started()
 
 
 def cpu(pid: int) -> float:
@@ -129,7 +155,8 @@ def percentile_95(values: list[float]) -> float:
     return statistics.quantiles(values, n=20)[-1]
 
 
-def cpu_per_delta() -> tuple[str, float]:
+def cpu_per_delta() -> list[tuple[str, float]]:
+    """CPU per delta, divided by that of openai-agents' own loop, and by that of LiteLLM alone."""
     ratios = []
     with Upstream(250, 50) as upstream:
         server = serve(upstream)
@@ -138,13 +165,17 @@ def cpu_per_delta() -> tuple[str, float]:
             began = cpu(server.process.pid)
             deltas = sum(map(len, asyncio.run(chats(server.url, 20))))
             ours = (cpu(server.process.pid) - began) / deltas
-            command = [sys.executable, "-c", BARE, MODEL, "20"]
             environment = {**upstream.environment(), "PATH": os.environ["PATH"]}
-            bare = float(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()[-1])
-            ratios.append(ours / bare)
-            say(f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms, bare {bare * 1000:.3f} ms")
+            alone = []
+            for program, argument in (AGENTS, str(HERE)), (BARE, MODEL):
+                command = [sys.executable, "-c", program, argument, "20"]
+                output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+                alone.append(float(output.split()[-1]))
+            ratios.append([ours / theirs for theirs in alone])
+            theirs = ", ".join(f"{value * 1000:.3f} ms" for value in alone)
+            say(f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms; openai-agents, LiteLLM alone: {theirs}")
         server.stop()
-    return f"{statistics.median(ratios):.2f}", 1.15
+    return [(f"{statistics.median(values):.2f}", target) for values, target in zip(zip(*ratios), (1.10, 1.15))]
 
 
 def first_delta() -> tuple[str, float]:
@@ -163,61 +194,64 @@ def first_delta() -> tuple[str, float]:
     return f"{statistics.median(ratios):.2f}", 0.10
 
 
-def streams_held() -> tuple[str, None]:
+def held(server: Server) -> int:
+    """How many streams at 50 deltas/s the server sends with a p95 delay under 100 ms."""
     held = 0
+    for streams in range(10, 101, 5):
+        seen = asyncio.run(chats(server.url, streams))
+        # The first second is that of the connections.
+        late = percentile_95([came - sent for deltas in seen for sent, came in deltas[50:]])
+        say(f"{streams} streams: p95 delay {late * 1000:.0f} ms")
+        if late > 0.1:
+            break
+        held = streams
+    return held
+
+
+def streams_held() -> tuple[str, None]:
     with Upstream(150, 50) as upstream:
         server = serve(upstream)
         asyncio.run(chats(server.url, 1))
         for thread in os.listdir(f"/proc/{server.process.pid}/task"):
             os.sched_setaffinity(int(thread), CORES[:1])
-        for streams in range(10, 101, 5):
-            seen = asyncio.run(chats(server.url, streams))
-            # The first second is that of the connections.
-            late = percentile_95([came - sent for deltas in seen for sent, came in deltas[50:]])
-            say(f"{streams} streams: p95 delay {late * 1000:.0f} ms")
-            if late > 0.1:
-                break
-            held = streams
+        streams = held(server)
         server.stop()
-    return str(held), None
+    return str(streams), None
+
+
+async def page_ratio(stores: dict) -> float:
+    """Time of a page at 100,000 rows divided by that at 100: the worst of both orders, start and middle."""
+    ratios = []
+    for order in ("asc", "desc"):
+        for middle in (False, True):
+            times = {count: [] for count in stores}
+            for _ in range(300):
+                for count, store in stores.items():
+                    began = time.perf_counter()
+                    await store.load_thread_items("t", f"msg_{count // 2}" if middle else None, 20, order, {})
+                    await store.load_threads(20, f"thr_{count // 2}" if middle else None, order, {})
+                    times[count].append(time.perf_counter() - began)
+            ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
+    say("pages at 100,000 rows ÷ at 100: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
+    return max(ratios)
 
 
 def pages(main) -> tuple[str, float]:
-    from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
-
-    async def measure() -> list[float]:
-        ratios = []
+    async def measure() -> float:
         stores = {}
         for count in (100, 100_000):
             store = stores[count] = main.MemoryStore()
-            await store.save_thread(ThreadMetadata(id="t", created_at=datetime.now()), {})
-            content = [AssistantMessageContent(text="hello " * 20)]
-            item = AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
+            thread = main.ThreadMetadata(id="t", created_at=datetime.now())
+            content = [main.AssistantMessageContent(text="hello " * 20)]
+            item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
+            await store.save_thread(thread, {})
             for number in range(count):
-                item.id = f"msg_{number}"
+                item.id, thread.id = f"msg_{number}", f"thr_{number}"
                 await store.add_thread_item("t", item, {})
-                if count == 100_000:
-                    await store.save_thread(ThreadMetadata(id=f"thr_{number}", created_at=datetime.now()), {})
-            if count == 100:
-                for number in range(count):
-                    await store.save_thread(ThreadMetadata(id=f"thr_{number}", created_at=datetime.now()), {})
-        for order in ("asc", "desc"):
-            for middle in (False, True):
-                times = {100: [], 100_000: []}
-                for _ in range(300):
-                    for count, store in stores.items():
-                        began = time.perf_counter()
-                        after = f"msg_{count // 2}" if middle else None
-                        await store.load_thread_items("t", after, 20, order, {})
-                        after = f"thr_{count // 2}" if middle else None
-                        await store.load_threads(20, after, order, {})
-                        times[count].append(time.perf_counter() - began)
-                ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
-        return ratios
+                await store.save_thread(thread, {})
+        return await page_ratio(stores)
 
-    ratios = asyncio.run(measure())
-    say("pages at 100 000 rows ÷ at 100: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    return f"{max(ratios):.2f}", 1.5
+    return f"{asyncio.run(measure()):.2f}", 1.5
 
 
 def bytes_per_message(main) -> tuple[str, None]:
@@ -273,25 +307,130 @@ def start() -> tuple[str, None]:
     return f"{statistics.median(ratios):.2f}", None
 
 
+# ---- PostgreSQL -----------------------------------------------------------------
+
+FILL = """
+INSERT INTO chatkit_threads (id, owner, data)
+SELECT 'thr_' || n, '', jsonb_build_object('id', 'thr_' || n, 'created_at', '2026-01-01T00:00:00')
+FROM generate_series(0, %(count)s - 1) n;
+"""
+FILL_ITEMS = """
+INSERT INTO chatkit_items (thread_id, id, owner, data)
+SELECT 't', 'msg_' || n, '', %(item)s::jsonb || jsonb_build_object('id', 'msg_' || n)
+FROM generate_series(0, %(count)s - 1) n;
+"""
+
+
+def postgres_pages(main, database) -> tuple[str, float]:
+    from postgres_store import PostgresStore
+
+    async def measure() -> float:
+        stores = {}
+        for count in (100, 100_000):
+            url = database.schema()
+            store = stores[count] = PostgresStore(url)
+            await store.save_thread(main.ThreadMetadata(id="t", created_at=datetime.now()), {})
+            content = [main.AssistantMessageContent(text="hello " * 20)]
+            item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
+            with database.connect(url) as connection:
+                connection.execute(FILL, {"count": count})
+                connection.execute(FILL_ITEMS, {"count": count, "item": item.model_dump_json()})
+                connection.execute("ANALYZE")
+        ratio = await page_ratio(stores)
+        await asyncio.gather(*(store.close() for store in stores.values()))
+        return ratio
+
+    return f"{asyncio.run(measure()):.2f}", 1.5
+
+
+def round_trips(main, database) -> tuple[str, None]:
+    """The statements of a thread's second message, counted where they are sent."""
+    from postgres_store import PostgresStore
+
+    class Counted(PostgresStore):
+        async def rows_once(self, statement, values):
+            sent.append(sys._getframe(1).f_back.f_code.co_name)
+            return await super().rows_once(statement, values)
+
+    async def turns() -> None:
+        store = Counted(database.schema())
+        server = main.ChatKitServerImpl(store)
+        params = {"input": message("hello")}
+        for type in ("threads.create", "threads.add_user_message"):
+            sent.clear()
+            async for event in await server.process(json.dumps({"type": type, "params": params}).encode(), {}):
+                params["thread_id"] = params.get("thread_id") or json.loads(event[6:])["thread"]["id"]
+            say(f"{type}: {len(sent)} statements: {', '.join(sent)}")
+        await store.close()
+
+    sent: list[str] = []
+    asyncio.run(turns())
+    return str(len(sent)), None
+
+
+def postgres_first_delta(database) -> tuple[str, None]:
+    """One chat after the other on each server, in turns."""
+    with Upstream(1, 0) as upstream:
+        servers = [serve(upstream), serve(upstream, 1, DATABASE_URL=database.schema())]
+        times: list[list[float]] = [[], []]
+        for number in range(120):
+            for server, seen in zip(servers, times):
+                began = time.time()
+                ((delta,),) = asyncio.run(chats(server.url, 1))
+                if number >= 20:  # the first chats fill the caches
+                    seen.append(delta[1] - began)
+        memory_ms, postgres_ms = (statistics.median(seen) * 1000 for seen in times)
+        say(f"first delta in memory {memory_ms:.1f} ms, on PostgreSQL {postgres_ms:.1f} ms")
+        for server in servers:
+            server.stop()
+    return f"{postgres_ms / memory_ms:.2f}", None
+
+
+def postgres_streams(database, workers: int) -> tuple[str, None]:
+    with Upstream(150, 50) as upstream:
+        server = serve(upstream, workers, DATABASE_URL=database.schema())
+        asyncio.run(chats(server.url, 4))
+        streams = held(server)
+        with database.connect() as connection:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            connections = connection.execute(query).fetchone()[0] - 1
+        each = [memory(server, pid) // 1024 for pid in processes(server)]
+        say(f"{workers} workers: {connections} connections, MiB of each process {each}")
+        server.stop()
+    return str(streams), None
+
+
 def run() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     main = load_main(Path(tempfile.mkdtemp()) / "main")
+    wanted = sys.argv[1:]
     figures = {
-        "CPU per delta ÷ bare LiteLLM's, 20 streams at 50 deltas/s": cpu_per_delta,
+        ("CPU per delta ÷ openai-agents' own loop, 20 streams at 50 deltas/s", "… ÷ LiteLLM alone"): cpu_per_delta,
         "p95 time to the first delta ÷ length of the run, 16 fast streams": first_delta,
         "streams at 50 deltas/s with p95 delay under 100 ms, on one core": streams_held,
-        "page of 20 at 100 000 rows ÷ at 100, worst of both orders, start and middle": lambda: pages(main),
+        "page of 20 at 100,000 rows ÷ at 100, worst of both orders, start and middle": lambda: pages(main),
         "bytes per stored message of 130 characters": lambda: bytes_per_message(main),
-        "memory that 1 000 cancelled streams add to that after 200, MiB": after_cancelled,
+        "memory that 1,000 cancelled streams add to that after 200, MiB": after_cancelled,
         "start to the first /health ÷ the template's imports": start,
     }
-    wanted = sys.argv[1:]
-    rows = []
-    for name, measure in figures.items():
-        if not wanted or any(word in name for word in wanted):
-            say(name)
-            value, target = measure()
-            rows.append((name, value, f"≤ {target:.2f}" if target else ""))
+    with Database() if "--postgres" in wanted else nullcontext() as database:
+        if database:
+            wanted.remove("--postgres")
+            figures = {
+                "streams at 50 deltas/s with p95 delay under 100 ms, one worker": lambda: postgres_streams(database, 1),
+                "the same, two workers": lambda: postgres_streams(database, 2),
+                "page of 20 at 100,000 rows ÷ at 100, worst case": lambda: postgres_pages(main, database),
+                "time to the first delta ÷ in memory": lambda: postgres_first_delta(database),
+                "statements of a message and its reply": lambda: round_trips(main, database),
+            }
+        rows = []
+        for names, measure in figures.items():
+            names = [names] if isinstance(names, str) else names
+            if not wanted or any(word in name for word in wanted for name in names):
+                say(names[0])
+                values = measure()
+                for name, (value, target) in zip(names, [values] if len(names) == 1 else values):
+                    rows.append((name, value, f"≤ {target:.2f}" if target else ""))
     print(f"\n{len(CORES)} cores, {date.today()}, Python {sys.version.split()[0]}\n")
     print("| figure | value | target |\n|---|---|---|")
     for row in rows:

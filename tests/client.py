@@ -154,9 +154,9 @@ def processes(server) -> list[int]:
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
-def memory(server) -> int:
-    """The resident memory of the server's processes in KiB."""
-    status = "".join(Path(f"/proc/{pid}/status").read_text() for pid in processes(server))
+def memory(server, *pids: int) -> int:
+    """The resident memory of the server's processes, or of those of them, in KiB."""
+    status = "".join(Path(f"/proc/{pid}/status").read_text() for pid in pids or processes(server))
     return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 

@@ -7,7 +7,9 @@ from itertools import count
 
 import httpx
 import pytest
+from agents import ModelSettings, ModelTracing
 from client import Chat, done, memory, message, text_of, until
+from openai.types.responses import Response
 from provider import Pause, Silence, Text, Thought, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +50,43 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             stored = [text_of(item) for item in reader.items() if item["type"] == "assistant_message"]
             assert "".join(stored).startswith(shown(events)), place
             assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+
+
+async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
+    """openai-agents may cancel a run while it closes the connection, which is closed all the same."""
+
+    class Endless:
+        completion_stream = None
+
+        async def __anext__(self):
+            asked.set()
+            await asyncio.Event().wait()
+
+        async def aclose(self):
+            closing.set()
+            await network.wait()
+            closed.set()
+
+    async def fetch(*args, **kwargs):
+        return Response.model_construct(output=[]), Endless()
+
+    async def read() -> None:
+        async for _ in main.ProviderModel(model="openai/x").stream_response(
+            None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
+        ):
+            pass
+
+    monkeypatch.setattr(main.LitellmModel, "_fetch_response", fetch)
+    asked, closing, network, closed = (asyncio.Event() for _ in range(4))
+    task = asyncio.create_task(read())
+    await asked.wait()
+    task.cancel()
+    await closing.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    network.set()
+    await asyncio.wait_for(closed.wait(), 5)
 
 
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
