@@ -209,7 +209,7 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
         if turn == "stopped" and '"one "' in event.model_dump_json():
             stream.close()
             break
-    customised.wait_for(f"turn thread={custom_chat.thread_id}")
+    customised.wait_for(f"thread={custom_chat.thread_id} ", seconds=10)
     (line,) = [line for line in customised.log[start:] if custom_chat.thread_id in line]
     pid, thread, provider_is, model, ended, first_delta, total, *tokens = LINE.fullmatch(line).groups()
     assert int(pid) in processes(customised)
