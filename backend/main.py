@@ -52,7 +52,6 @@ load_dotenv(ROOT_DIR / ".env")
 # Both are read at import. Otherwise LiteLLM downloads its price map, and openai-agents uploads traces of every chat.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
-gc.set_threshold(20_000)  # the imports create 400,000 objects: with the default of 700 they take a quarter longer
 
 import anyio
 import litellm
@@ -74,6 +73,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, PositiveFloat, TypeAdapter, ValidationError, conint
 from starlette.requests import ClientDisconnect
+
+gc.freeze()  # keeps the garbage collector from scanning the imports' 400,000 objects: a tenth of a stream's CPU time
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 

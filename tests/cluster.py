@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL cluster for the tests; run as a program, it says in one line if there is none to be had."""
+"""A throw-away PostgreSQL cluster for the tests. Run as a program, it prints one line if PostgreSQL is not installed."""
 
 import os
 import pwd

@@ -31,7 +31,7 @@ def of_workarounds(item) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """The workarounds first: where one is missing, nearly every conversation fails, and says less of the cause."""
+    """Run the tests of the workarounds first: without one, most other tests fail too, and do not name the cause."""
     items.sort(key=of_workarounds, reverse=True)
 
 
@@ -60,7 +60,7 @@ def provider():
 
 @pytest.fixture(autouse=True)
 def fresh_script(request):
-    """Each test starts with a provider that has seen and promised nothing."""
+    """Each test starts with an empty script and an empty list of requests."""
     if "provider" in request.fixturenames:
         provider = request.getfixturevalue("provider")
         provider.script.clear()
@@ -165,7 +165,7 @@ def server(servers, provider_name):
 
 @pytest.fixture
 def customised(servers, provider_name):
-    """The server with tools, and with little patience for the provider."""
+    """The server with tools, a short MODEL_TIMEOUT and frequent heartbeats."""
     return servers(f"customised_{provider_name}")
 
 

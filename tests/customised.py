@@ -1,4 +1,4 @@
-"""The server as a user of the file would extend it: tools, a guardrail, shorter patience.
+"""The server as a user of the file would extend it: tools, a guardrail, a faster heartbeat.
 
 Run in main.py's place (main.py is imported, its names are used); the agent's tools are what
 the scripts in the tests call.
@@ -66,7 +66,7 @@ async def broken() -> str:
 
 @function_tool(failure_error_function=None)
 async def broken_database() -> str:
-    """A tool whose own connection timed out, which is no fault of the provider's."""
+    """A tool whose own connection timed out, which the provider did not cause."""
     raise TimeoutError("the tool's database was silent")
 
 

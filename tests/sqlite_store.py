@@ -99,7 +99,7 @@ class SQLiteStore(Store[dict]):
         return self.page("Item", after, limit, order, context, thread_id)
 
     async def add_thread_item(self, thread_id, item, context):
-        await asyncio.sleep(0)  # the driver of a database on a network gives way here, and may be cancelled
+        await asyncio.sleep(0)  # the driver of a database on a network waits here, and may be cancelled
         self.number("Thread", thread_id, context)
         self.save("Item", item, context, thread_id)
 

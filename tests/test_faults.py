@@ -148,8 +148,8 @@ def test_a_bug_in_a_tool_is_the_servers_own(custom_chat, customised, provider, t
     assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
 
 
-def test_a_long_silence_does_not_look_dead(custom_chat, provider):
-    """Proxies cut idle streams: chatkit's progress_update comes after each silent stretch."""
+def test_heartbeats_while_the_model_is_silent(custom_chat, provider):
+    """Proxies close idle streams, so a progress_update is sent as a heartbeat."""
     silence = Silence()
     provider.script["think hard"] = [[Text("Well, "), silence, Text("yes.")]]
     events = []

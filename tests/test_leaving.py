@@ -1,4 +1,4 @@
-"""Clients that leave, many at once, and a server that is told to stop."""
+"""Clients that disconnect, many clients at once, and a server that gets SIGTERM."""
 
 import asyncio
 import signal
@@ -17,7 +17,7 @@ COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERRO
 
 
 def leave_after(chat: Chat, text: str, enough) -> list:
-    """Start a chat and go away at the first event that is enough."""
+    """Start a chat and disconnect at the first event for which `enough` is true."""
     events, stream = [], chat.start(text)
     for event in stream:
         events.append(event)
@@ -33,7 +33,7 @@ def shown(events: list) -> str:
 
 
 async def test_leaving_at_any_event(custom_chat, customised, provider):
-    """The provider's connection is closed within a second, the text shown is stored, the thread goes on."""
+    """The provider's connection is closed within a second, the streamed text is stored, the thread goes on."""
     first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
     second = [Text("three "), Text("four "), Text("five"), Silence()]
     with customised.no_new(*COMPLAINTS):
@@ -53,7 +53,7 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
 
 
 async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
-    """openai-agents may cancel a run while it closes the connection, which is closed all the same."""
+    """openai-agents may cancel a run while it closes the connection: the connection is closed nevertheless."""
 
     class Endless:
         completion_stream = None
@@ -90,7 +90,7 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
 
 
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
-    """No token comes, so nothing is sent: the client's leaving must be noticed all the same."""
+    """No token comes, so nothing is sent: the server must notice nevertheless that the client left."""
     provider.script["quiet"] = [[Silence()]]
     with server.no_new(*COMPLAINTS):
         leave_after(chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5))
@@ -128,7 +128,7 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
         await until(lambda: not provider.open())
 
     with server.no_new(*COMPLAINTS):
-        for number in range(5):  # until the allocator has what it keeps
+        for number in range(5):  # until the allocator has reserved its memory
             await cancel(number)
         before = memory(server)
         for number in range(5, 11):

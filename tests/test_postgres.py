@@ -191,7 +191,7 @@ async def test_a_slow_database_keeps_only_those_who_need_it(server, database, ur
 
 @pytest.mark.parametrize("written", ["message", "reply"])
 async def test_leaving_while_the_database_writes(server, provider, database, url, chat, written):
-    """What the client has sent, and what it was shown, is stored all the same."""
+    """What the client sent and what was streamed to it is stored nevertheless."""
     chat.say("hello")
     silence = Silence()
     provider.script["go"] = [[Text("one "), Text("two"), silence]]
@@ -218,7 +218,7 @@ async def test_leaving_while_the_database_writes(server, provider, database, url
 async def test_the_database_restarts_between_two_messages(server, database, chat):
     """Every connection of every worker is dead, and nobody notices."""
     if not database.cluster:
-        pytest.skip("the database of DATABASE_URL is not ours to restart")
+        pytest.skip("the database of DATABASE_URL must not be restarted by a test")
     texts = [f"chat {number}" for number in range(40)]
     await many(server.url, texts)
     chat.say("before")
@@ -232,7 +232,7 @@ async def test_the_database_restarts_between_two_messages(server, database, chat
 async def test_the_database_stops_while_chats_run(server, database, provider):
     """Each ends with one error that may be retried; what was confirmed is stored; new ones work without a restart."""
     if not database.cluster:
-        pytest.skip("the database of DATABASE_URL is not ours to stop")
+        pytest.skip("the database of DATABASE_URL must not be stopped by a test")
     silence = Silence()
     provider.script["go"] = [[Text("one "), silence, Text("two")]]
     chats = [Chat(server.url) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Requests that are wrong: a 4xx with a reason, nothing stored, nothing in the log but the access line."""
+"""Invalid requests: a 4xx with a reason, nothing stored, nothing in the log but the access line."""
 
 import json
 import random

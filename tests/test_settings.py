@@ -69,7 +69,7 @@ def test_the_log_of_a_start(bare):
 
 
 def test_mock_needs_neither_key_nor_network(servers, provider):
-    """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock stands in .env."""
+    """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock is set in .env."""
     chat = Chat(servers("env_file").url)
     for _ in range(2):
         events = chat.say("hello")

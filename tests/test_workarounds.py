@@ -1,7 +1,7 @@
 """Faults of the libraries that main.py works around: a test for each row of the README's table, named after the fault.
 
 This file runs first, and stops the run if one of its tests fails (conftest.py): without a workaround the other tests
-have nothing new to say. To learn whether a workaround is still needed, delete it and run this file.
+fail as well. To learn whether a workaround is still needed, delete it and run this file.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 def test_every_id_is_a_placeholder(custom_chat, provider):
-    """openai-agents calls each message that comes through LiteLLM `__fake_id__`: the second would replace the first."""
+    """Every message that comes through LiteLLM has the id `__fake_id__`: the second would overwrite the first."""
     provider.script["go"] = [[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]]
     replies = done(custom_chat.say("go"))
     assert [text_of(item) for item in replies] == ["Let me look. ", "It is noon."]
@@ -34,7 +34,7 @@ def test_every_id_is_a_placeholder(custom_chat, provider):
 
 
 def test_ids_have_32_bits(main):
-    """chatkit's own: among 77 000 of them two are the same as likely as not."""
+    """chatkit's 32-bit ids collide after about 77,000 threads."""
     store = main.MemoryStore()
     thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
     for id in (store.generate_thread_id({}), store.generate_item_id("message", thread, {})):
@@ -42,7 +42,7 @@ def test_ids_have_32_bits(main):
 
 
 def test_output_text_is_refused(chat, provider):
-    """chatkit makes it of a reply, and openai-agents does not take it on the way to LiteLLM: "Unknown content"."""
+    """chatkit converts a reply to it, and openai-agents cannot convert it for LiteLLM: "Unknown content"."""
     for text in ("one", "two"):
         assert [text_of(item) for item in done(chat.say(text))] == [f"You said: {text}"]
     assert provider.requests[-1].messages[-2] == ("assistant", "You said: one")
@@ -68,14 +68,14 @@ def cut_chat(chat, provider):
     return chat
 
 
-def test_an_error_overtakes_its_deltas(cut_chat):
-    """openai-agents raises it before the events that came first are read."""
+def test_an_error_is_raised_before_its_deltas(cut_chat):
+    """openai-agents raises an error before it has passed on the deltas that preceded it."""
     updates = [event for event in cut_chat.say("go") if event.type == "thread.item.updated"]
     assert "half" in str(updates)
 
 
-def test_a_reply_that_breaks_off_is_not_stored(chat, provider):
-    """chatkit stores an item when it is done, and what an error ends is never done."""
+def test_an_interrupted_reply_is_not_stored(chat, provider):
+    """chatkit stores an item when it is done. An error ends the turn before that."""
     silence = Silence()
     provider.script["go"] = [[Text("The first "), Text("half"), silence, Cut()]]
     for event in chat.start("go"):
@@ -85,28 +85,27 @@ def test_a_reply_that_breaks_off_is_not_stored(chat, provider):
 
 
 def test_any_body_counts_as_a_reply(chat, provider):
-    """LiteLLM takes its end for the reply's."""
+    """LiteLLM takes the end of the body for the end of the reply."""
     provider.script["go"] = [[Raw(b"")]]
     assert "not understood" in error_of(chat.say("go")).message
 
 
 def test_a_canned_reply_has_no_finish_reason(servers):
-    """LiteLLM gives it none: through ProviderModel it would be a reply that was cut off."""
+    """ProviderModel would take LiteLLM's canned reply for one that was cut off."""
     events = Chat(servers("env_file").url).say("hello")
     assert "error" not in [event.type for event in events]
 
 
 def test_500_equal_chunks(chat, provider):
-    """LiteLLM takes 100 for a model in a loop, and ends the reply: a long rule of a table."""
+    """LiteLLM takes 100 equal chunks for a model in a loop and ends the reply. A table may contain them."""
     provider.script["rule"] = [[Text("---")] * 500]
     events = chat.say("rule")
     (reply,) = done(events)
     assert text_of(reply) == deltas(events, reply.id) == text_of(chat.items()[-1]) == "---" * 500
 
 
-async def test_a_finaliser_sets_context_variables(main):
-    """LiteLLM's, of a stream. A collection that starts within ContextVar.set then frees the variables that are being set:
-    Python before 3.12 crashes, one time in many."""
+async def test_a_finalizer_sets_context_variables(main):
+    """The finalizer of a LiteLLM stream sets them. If it runs inside ContextVar.set, Python before 3.12 may crash."""
     changed = []
 
     def watch(frame, event, function) -> None:
@@ -130,7 +129,7 @@ async def test_a_finaliser_sets_context_variables(main):
 
 
 async def test_a_fast_reply_does_not_block_others(main):
-    """LiteLLM hands over buffered chunks without ever giving way to the event loop."""
+    """LiteLLM returns buffered chunks without yielding to the event loop."""
 
     class Buffered:
         completion_stream, received_finish_reason = None, "stop"
@@ -161,8 +160,8 @@ async def test_a_fast_reply_does_not_block_others(main):
 # ---- Clients that leave ---------------------------------------------------------
 
 
-async def test_a_run_goes_on_without_its_reader(main):
-    """openai-agents' run is a task of its own: the provider would go on, and be paid, to the end."""
+async def test_a_run_continues_without_its_reader(main):
+    """The run is a task of its own: the provider would generate, and bill, the rest of the reply."""
 
     class Endless(Model):
         async def get_response(self, *args, **kwargs):
@@ -179,7 +178,7 @@ async def test_a_run_goes_on_without_its_reader(main):
         async for _ in await server.process(json.dumps(request).encode(), {}):
             pass
 
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what is forgotten is the test's further down
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the abandoned tasks have tests of their own
     asked, ended = asyncio.Event(), asyncio.Event()
     server = main.ChatKitServerImpl(main.MemoryStore())
     server.agent.model = Endless()
@@ -193,7 +192,7 @@ async def test_a_run_goes_on_without_its_reader(main):
 
 @pytest.mark.parametrize("name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"])
 async def test_leaving_between_two_chunks(main, provider, name):
-    """Of Anthropic's streams LiteLLM closes nothing when they are abandoned while no chunk is awaited."""
+    """LiteLLM 1.106 does not close Anthropic's connection if the stream is abandoned while no chunk is awaited."""
     kind = name.partition("/")[0]
     provider.script["go"] = [[Together([Text("one "), Text("two "), Text("three ")]), Silence()]]
     model = main.ProviderModel(model=name, base_url=f"{provider.url}/{kind}", api_key="key")
@@ -213,7 +212,7 @@ async def test_leaving_between_two_chunks(main, provider, name):
 
 
 async def test_leaving_while_a_request_is_prepared(custom_chat, customised):
-    """LiteLLM prepares it in a thread. Nobody awaits what the thread returns: "coroutine ... was never awaited"."""
+    """LiteLLM prepares a request in a thread. Nobody awaits the result: "coroutine ... was never awaited"."""
     times = customised.log.count("prepared") + 1
     with customised.no_new("never awaited"):
         stream = custom_chat.start("slow to prepare")
@@ -225,7 +224,7 @@ async def test_leaving_while_a_request_is_prepared(custom_chat, customised):
 
 
 async def test_leaving_while_something_is_sent(main):
-    """Starlette cancels the stream where it sends, and chatkit's generator is dropped without a word."""
+    """Starlette cancels the stream while it sends, and chatkit's generator is not told."""
     sends, heard = asyncio.Event(), []
 
     async def events():
@@ -251,7 +250,7 @@ async def test_leaving_while_something_is_sent(main):
 
 
 async def test_a_cancelled_stream_is_cancelled_again(servers, provider):
-    """By Starlette, in every await that follows: the driver of a database would store nothing of what was shown."""
+    """Starlette cancels every await that follows, so a database driver would store nothing of what was streamed."""
     provider.script["go"] = [[Thought("Hm. "), Text("one "), Text("two "), Silence()]]
     chat = Chat(servers("sqlite_1").url)
     stream = chat.start("go")
@@ -260,8 +259,8 @@ async def test_a_cancelled_stream_is_cancelled_again(servers, provider):
     await until(lambda: [text_of(item) for item in chat.items() if item["type"] == "assistant_message"] == ["one two "])
 
 
-async def test_thoughts_are_not_stored(chat, provider):
-    """chatkit stores the text of a stream that is cancelled, and no workflow."""
+async def test_reasoning_is_not_stored(chat, provider):
+    """chatkit stores the text of a cancelled stream, but no workflow."""
     provider.script["go"] = [[Thought("Hm. "), Silence()]]
     stream = chat.start("go")
     next(event for event in stream if "Hm. " in event.model_dump_json())
@@ -270,8 +269,8 @@ async def test_thoughts_are_not_stored(chat, provider):
     assert chat.items()[1]["workflow"]["tasks"][0]["content"] == "Hm. "
 
 
-async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
-    """chatkit's _merge_generators: "Task was destroyed but it is pending!", once it is collected."""
+async def test_an_abandoned_queue_getter(custom_chat, customised, provider):
+    """chatkit's _merge_generators abandons it: "Task was destroyed but it is pending!"."""
     provider.script["fail"] = [[Failure("rate")]]
     httpx.get(f"{customised.url}/collect")
     with customised.no_new("was destroyed"):
@@ -281,8 +280,8 @@ async def test_a_forgotten_queue_getter(custom_chat, customised, provider):
         assert "was destroyed" not in "\n".join(customised.log)
 
 
-async def test_a_forgotten_task(customised, provider):
-    """chatkit's _merge_generators: "Task exception was never retrieved", once the task is collected."""
+async def test_an_abandoned_task(customised, provider):
+    """chatkit's _merge_generators abandons it: "Task exception was never retrieved"."""
     provider.script["go"] = [[Text("one "), Silence()]]
     httpx.get(f"{customised.url}/collect")
     with customised.no_new("never retrieved"):
@@ -298,8 +297,8 @@ async def test_a_forgotten_task(customised, provider):
 # ---- The server -----------------------------------------------------------------
 
 
-def test_an_error_outside_a_turn_breaks_the_stream_off(custom_chat, customised, provider):
-    """chatkit tells the client of those within a turn only, not of a Store that cannot take the message."""
+def test_no_error_event_for_an_error_outside_a_turn(custom_chat, customised, provider):
+    """chatkit sends one for errors within a turn only, not for a Store that cannot store the message."""
     provider.script["go"] = [[Text("more than the disk holds")]]
     for text, kept in ("more than the disk holds", []), ("go", ["go"]):
         error = error_of(custom_chat.say(text))
@@ -310,23 +309,23 @@ def test_an_error_outside_a_turn_breaks_the_stream_off(custom_chat, customised, 
 
 
 async def test_a_type_adapter_per_request(main, monkeypatch):
-    """chatkit's process makes one for every request, which takes some 20 ms."""
+    """chatkit's process builds one for every request, which takes about 20 ms."""
     monkeypatch.delattr("chatkit.server.TypeAdapter")
     result = await main.server.process(b'{"type": "threads.list", "params": {}}', {})
     assert result.json == b'{"data":[],"has_more":false}'
 
 
 def test_a_blank_key_counts_as_a_key(tmp_path):
-    """LiteLLM's validate_environment only looks whether there is one."""
+    """LiteLLM's validate_environment accepts a blank key."""
     assert load_main(tmp_path, {"PROVIDER": "openai", "OPENAI_API_KEY": " "}).MISSING_KEY == "OPENAI_API_KEY"
 
 
 def test_a_worker_for_each_of_web_concurrency(servers):
-    """Hosting platforms set it and uvicorn obeys, if it is not told; each worker would have threads of its own."""
+    """Hosting platforms set it, and uvicorn follows it. Each worker would have its own threads."""
     log = "\n".join(servers("workers").log)
     assert log.count("Started server process") == 1 and "parent process" not in log
 
 
 def test_the_exit_code_after_sigterm(servers):
-    """uvicorn shuts down and then raises the signal again: -15 instead of 0."""
+    """uvicorn raises the signal again after its shutdown: -15 instead of 0."""
     assert servers("stopped").stop(signal.SIGTERM) == 0
