@@ -557,8 +557,8 @@ async def with_log_line(events: Events, agent_context: AgentContext, result: Run
                 first_delta = f"{time.monotonic() - started:.3f}s"
             yield event
     finally:
-        total, error, usage = f"{time.monotonic() - started:.3f}s", sys.exc_info()[1], result.context_wrapper.usage
-        end = "done" if error is None else "fault" if isinstance(error, Exception) else "stopped"
+        total, error, usage = f"{time.monotonic() - started:.3f}s", sys.exc_info()[0], result.context_wrapper.usage
+        end = "done" if error is None else "fault" if issubclass(error, Exception) else "stopped"
         tokens = usage.input_tokens or "-", usage.output_tokens or "-"
         logger.info(TURN, os.getpid(), agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, total, *tokens)
 

@@ -1,13 +1,15 @@
 """Clients that disconnect, many clients at once, and a server that gets SIGTERM."""
 
 import asyncio
+import gc
+import json
 import signal
 import time
 from itertools import count
 
 import httpx
 import pytest
-from agents import ModelSettings, ModelTracing
+from agents import ModelSettings, ModelTracing, function_tool
 from client import Chat, done, memory, message, text_of, until
 from openai.types.responses import Response
 from provider import Pause, Silence, Text, Thought, ToolCall
@@ -50,6 +52,36 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             stored = [text_of(item) for item in reader.items() if item["type"] == "assistant_message"]
             assert "".join(stored).startswith(shown(events)), place
             assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+
+
+async def test_a_store_that_fails_ends_the_run(main, provider):
+    """chatkit then drops the turn's events, without an error in them. The run must end at once, not with the garbage."""
+
+    class Broken(main.MemoryStore):
+        async def add_thread_item(self, thread_id, item, context):
+            if item.type == "assistant_message":
+                raise OSError("the disk is full")
+            await super().add_thread_item(thread_id, item, context)
+
+    @function_tool
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    provider.script["go"] = [[Text("Let me look. "), ToolCall("wait")]]
+    server = main.ChatKitServerImpl(Broken())
+    server.agent.tools.append(wait)
+    server.agent.model_settings = ModelSettings()
+    server.agent.model = main.ProviderModel(model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key")
+    request = {"type": "threads.create", "params": {"input": message("go")}}
+    before = asyncio.all_tasks()
+    gc.disable()
+    try:
+        events = [event async for event in await server.process(json.dumps(request).encode(), {})]
+        assert b'"type":"error"' in events[-1]
+        _, pending = await asyncio.wait(asyncio.all_tasks() - before, timeout=2)
+        assert not pending
+    finally:
+        gc.enable()
 
 
 async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
