@@ -42,7 +42,7 @@ import warnings
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from dotenv import load_dotenv
@@ -65,8 +65,7 @@ from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_
 from chatkit.types import (
     AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ErrorEvent, Page, ProgressUpdateEvent,
     StreamOptionsEvent, ThreadItem, ThreadItemDoneEvent, ThreadItemRemovedEvent, ThreadMetadata, ThreadStreamEvent,
-    UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req,
-)  # fmt: skip
+    UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req)  # fmt: skip
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -315,13 +314,15 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
     async def __anext__(self) -> litellm.ModelResponseStream:
         # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would block all other chats.
         await asyncio.sleep(0)
-        with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
-            chunk = await anext(self.stream, None)
-            if chunk is None:
+        try:
+            with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
+                async for chunk in self.stream:
+                    return chunk
                 self.check_end()
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
+        except asyncio.CancelledError:  # close it at once, or the exception keeps the connection's frames in a cycle
+            await asyncio.shield(self.aclose())
+            raise
+        raise StopAsyncIteration
 
     def check_end(self) -> None:
         """Raise unless the provider gave a reason for the end: LiteLLM takes the end of any response for one."""
@@ -329,8 +330,7 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
         if finish_reason == "content_filter":
             raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
         if finish_reason is None:
-            fault = ConnectionResetError if self.stream.response_uptil_now else ModelBehaviorError
-            raise fault("the stream ended before the reply did")
+            raise (ConnectionResetError if self.stream.response_uptil_now else ModelBehaviorError)("it ended too early")
 
     async def aclose(self) -> None:
         """Close the provider's connection; openai-agents calls this. LiteLLM leaves Anthropic's open, so find it."""
@@ -452,11 +452,12 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         result = Runner.run_streamed(self.agent, await self.history(thread, context), context=agent_context)
         events = stream_agent_response(agent_context, RunEvents(result))
         # Each stage is a function further down, with one idea; it works, and can be deleted, without the others.
-        for stage in (with_unique_ids, with_reply, with_unfinished_items, with_cancellation, with_log_line):
+        for stage in (with_unique_ids, with_reply, with_unfinished_items, with_log_line, with_cancellation):
             events = stage(events, agent_context, result)
         with faults_explained(*TURN_FAULTS):
-            async for event in events:
-                yield event
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
     async def history(self, thread: ThreadMetadata, context: dict) -> list:
         """The model's input: the newest items of the thread, oldest first, starting with a user message."""
@@ -582,10 +583,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="ChatKit Server", lifespan=lifespan)
-app.add_middleware(
-    CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
-)
-
+app.add_middleware(CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True,
+                   allow_methods=["*"], allow_headers=["*"])  # fmt: skip
 app.add_exception_handler(NotFoundError, lambda request, error: JSONResponse({"detail": str(error)}, 404))
 app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=400))
 

@@ -90,6 +90,9 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
     class Endless:
         completion_stream = None
 
+        def __aiter__(self):
+            return self
+
         async def __anext__(self):
             asked.set()
             await asyncio.Event().wait()

@@ -134,6 +134,9 @@ async def test_a_fast_reply_does_not_block_others(main):
     class Buffered:
         completion_stream, received_finish_reason = None, "stop"
 
+        def __aiter__(self):
+            return self
+
         async def __anext__(self):
             if turns.pop() is None:
                 raise StopAsyncIteration
