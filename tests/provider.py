@@ -525,7 +525,9 @@ class Provider:
     def __enter__(self):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="off"))
+        # Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it is used again.
+        config = uvicorn.Config(self.app, log_level="critical", lifespan="off", timeout_keep_alive=600)
+        self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
         return self
