@@ -69,3 +69,8 @@ def test_what_it_names_is_there():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.M) or target in ("and", "each", "it"), target
+
+
+def test_no_section_is_there_twice():
+    headings = re.findall(r"^## .*", README, re.M)
+    assert sorted({*headings}) == sorted(headings)
