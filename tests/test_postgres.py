@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 from chatkit.types import AssistantMessageItem
-from client import Chat, Server, done, error_of, message, say_at_once, text_of, until
+from client import NO_TLS, Chat, Server, done, error_of, message, say_at_once, text_of, until
 from conftest import TESTS
 from postgres_store import PostgresStore
 from provider import Silence, Text, ToolCall
@@ -198,7 +198,7 @@ async def test_leaving_while_the_database_writes(server, provider, database, url
     if written == "message":
         lock = Locked(database, url, chat.thread_id)
         body = {"type": "threads.add_user_message", "params": {"thread_id": chat.thread_id, "input": message("go")}}
-        with httpx.stream("POST", f"{server.url}/chatkit", json=body):
+        with httpx.stream("POST", f"{server.url}/chatkit", json=body, verify=NO_TLS):
             await lock.awaited()
     else:
         stream = chat.start("go")

@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from client import Chat, done, memory, message, text_of
+from client import NO_TLS, Chat, done, memory, message, text_of
 from provider import Failure, ToolCall
 
 NO_TRACE = ("Traceback", "Exception", "ERROR")
@@ -26,14 +26,14 @@ def customised(servers):
 
 def refused(server, status: int, says: str, **request) -> None:
     """The request gets this status, a reason that holds `says`, and changes nothing."""
-    before = httpx.get(f"{server.url}/debug/threads").json()
+    before = httpx.get(f"{server.url}/debug/threads", verify=NO_TLS).json()
     with server.no_new(*NO_TRACE):
-        response = httpx.post(f"{server.url}/chatkit", timeout=30, **request)
+        response = httpx.post(f"{server.url}/chatkit", verify=NO_TLS, timeout=30, **request)
         assert response.status_code == status, response.text
         assert set(response.json()) == {"detail"}
         assert says in response.json()["detail"], response.text
         assert len(response.text) < 500
-        after = httpx.get(f"{server.url}/debug/threads").json()
+        after = httpx.get(f"{server.url}/debug/threads", verify=NO_TLS).json()
     assert after == before
 
 
@@ -135,7 +135,7 @@ def test_too_long(server):
 def test_a_body_that_is_too_long_is_not_held_in_memory(server):
     before = memory(server)
     chunks = (b" " * 65536 for _ in range(2048))  # 128 MiB
-    assert httpx.post(f"{server.url}/chatkit", content=chunks, timeout=60).status_code == 413
+    assert httpx.post(f"{server.url}/chatkit", verify=NO_TLS, content=chunks, timeout=60).status_code == 413
     assert memory(server) - before < 32 * 1024
 
 
@@ -229,7 +229,7 @@ def test_fuzz(server):
 
 
 def test_health_and_pages_from_elsewhere(server):
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
     preflight = httpx.options(
         f"{server.url}/chatkit",
         headers={"Origin": "https://example.com", "Access-Control-Request-Method": "POST"},
@@ -240,6 +240,6 @@ def test_health_and_pages_from_elsewhere(server):
 
 def test_the_stream_is_not_held_back_by_proxies(server):
     body = {"type": "threads.create", "params": {"input": message("hi")}}
-    response = httpx.post(f"{server.url}/chatkit", json=body)
+    response = httpx.post(f"{server.url}/chatkit", verify=NO_TLS, json=body)
     assert response.headers["cache-control"] == "no-cache"
     assert response.headers["x-accel-buffering"] == "no"

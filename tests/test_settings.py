@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from client import ROOT, Chat, Server, done, error_of, load_main, text_of
+from client import NO_TLS, ROOT, Chat, Server, done, error_of, load_main, text_of
 
 
 UNUSABLE = [
@@ -82,7 +82,7 @@ def test_mock_needs_neither_key_nor_network(servers, provider):
 def test_the_environment_wins_over_the_env_file(servers):
     """.env says PORT=1."""
     server = servers("env_file")
-    assert server.port != 1 and httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert server.port != 1 and httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("model", ["gpt-4o-mini", "openai/gpt-4o-mini"])
@@ -158,7 +158,7 @@ def test_box_1_starts_without_import_errors(server):
 
 
 def test_box_2_health_returns_200(server):
-    response = httpx.get(f"{server.url}/health")
+    response = httpx.get(f"{server.url}/health", verify=NO_TLS)
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 

@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from client import Chat, done, message, text_of
+from client import NO_TLS, Chat, done, message, text_of
 from conftest import USERS
 from provider import ToolCall
 
@@ -33,8 +33,8 @@ def test_no_valid_token(server, header):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
     body = {"type": "threads.list", "params": {}}
     for response in (
-        httpx.post(f"{server.url}/chatkit", json=body, headers=headers),
-        httpx.get(f"{server.url}/debug/threads", headers=headers),
+        httpx.post(f"{server.url}/chatkit", verify=NO_TLS, json=body, headers=headers),
+        httpx.get(f"{server.url}/debug/threads", verify=NO_TLS, headers=headers),
     ):
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
@@ -43,7 +43,7 @@ def test_no_valid_token(server, header):
 
 
 def test_what_stays_open(server):
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
     for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
         preflight = httpx.options(
             f"{server.url}/chatkit",

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import httpx
 import pytest
 from agents import Model, ModelSettings, ModelTracing
-from client import Chat, deltas, done, error_of, load_main, message, text_of, until
+from client import NO_TLS, Chat, deltas, done, error_of, load_main, message, text_of, until
 from provider import Cut, Failure, Raw, Silence, Text, Thought, Together, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -223,7 +223,7 @@ async def test_leaving_while_a_request_is_prepared(custom_chat, customised):
         customised.wait_for("preparing", times)
         stream.close()
         customised.wait_for("prepared", times)
-        assert httpx.get(f"{customised.url}/collect").status_code == 200
+        assert httpx.get(f"{customised.url}/collect", verify=NO_TLS).status_code == 200
 
 
 async def test_leaving_while_something_is_sent(main):
@@ -275,18 +275,18 @@ async def test_reasoning_is_not_stored(chat, provider):
 async def test_an_abandoned_queue_getter(custom_chat, customised, provider):
     """chatkit's _merge_generators abandons it: "Task was destroyed but it is pending!"."""
     provider.script["fail"] = [[Failure("rate")]]
-    httpx.get(f"{customised.url}/collect")
+    httpx.get(f"{customised.url}/collect", verify=NO_TLS)
     with customised.no_new("was destroyed"):
         for _ in range(5):
             error_of(custom_chat.say("fail"))
-        assert httpx.get(f"{customised.url}/collect").status_code == 200
+        assert httpx.get(f"{customised.url}/collect", verify=NO_TLS).status_code == 200
         assert "was destroyed" not in "\n".join(customised.log)
 
 
 async def test_an_abandoned_task(customised, provider):
     """chatkit's _merge_generators abandons it: "Task exception was never retrieved"."""
     provider.script["go"] = [[Text("one "), Silence()]]
-    httpx.get(f"{customised.url}/collect")
+    httpx.get(f"{customised.url}/collect", verify=NO_TLS)
     with customised.no_new("never retrieved"):
         for _ in range(5):
             chat = Chat(customised.url)
@@ -294,7 +294,7 @@ async def test_an_abandoned_task(customised, provider):
             next(event for event in stream if event.type == "thread.item.updated")
             stream.close()
             await until(lambda: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
-            assert httpx.get(f"{customised.url}/collect").status_code == 200
+            assert httpx.get(f"{customised.url}/collect", verify=NO_TLS).status_code == 200
 
 
 # ---- The server -----------------------------------------------------------------
