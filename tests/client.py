@@ -19,6 +19,7 @@ from chatkit.types import ThreadStreamEvent
 from forked import Forked
 from pydantic import TypeAdapter
 
+PATH = os.environ["PATH"]
 ROOT = Path(__file__).resolve().parent.parent
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # by default each client of httpx loads all certificates, for 26 ms
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
@@ -33,7 +34,7 @@ def load_main(folder: Path, settings: dict[str, str] = {}):
     environment = dict(os.environ)
     try:
         os.environ.clear()
-        os.environ.update({"PATH": environment["PATH"], "HOME": str(folder), "PROVIDER": "mock", **settings})
+        os.environ.update({"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **settings})
         spec.loader.exec_module(module)
     finally:
         os.environ.clear()
@@ -46,16 +47,34 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+# What the README says to change in main.py, with a pool that the tests can make small.
+ON_POSTGRES = {
+    "store = MemoryStore()": """
+from postgres_store import PostgresStore
+
+store = PostgresStore(os.environ["DATABASE_URL"], int(os.getenv("POOL_SIZE", "10")), float(os.getenv("POOL_TIMEOUT", "30")))
+"""
+}
+
+
 class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
     With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says.
-    With `fork`: a fork of a process that has done the imports (tests/forked.py)."""
+    With `fork`: a fork of a process that has done the imports (tests/forked.py).
+    With `changes`: parts of main.py and what replaces them."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], program: Path | None = None, workers=0, fork=False):
+    def __init__(
+        self, folder: Path, environment: dict[str, str], program: Path | None = None, workers=0, fork=False, changes={}
+    ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
-        main = Path(shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py"))
+        main = folder / "backend" / "main.py"
+        code = (ROOT / "backend" / "main.py").read_text()
+        for old, new in {**changes, **(ON_POSTGRES if workers else {})}.items():
+            assert code.count(old) == 1, old
+            code = code.replace(old, new)
+        main.write_text(code)
         self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -68,9 +87,8 @@ class Server:
             options = ["--workers", str(workers), "--timeout-graceful-shutdown", "5", "--port", str(self.port)]
             command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
             shutil.copy(ROOT / "tests" / "postgres_store.py", main.parent)
-            use_postgres(main)
         environment = {
-            "PATH": os.environ["PATH"],
+            "PATH": PATH,
             "HOME": str(folder),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
             "PYTHONUNBUFFERED": "1",
@@ -136,18 +154,6 @@ class Server:
         log = "\n".join(self.log[start:])
         for text in texts:
             assert text not in log, log
-
-
-def use_postgres(main: Path) -> None:
-    """Change the one line of main.py that says where threads are stored."""
-    code = main.read_text()
-    assert code.count("\nstore = MemoryStore()\n") == 1
-    store = """
-from postgres_store import PostgresStore
-
-store = PostgresStore(os.environ["DATABASE_URL"], int(os.getenv("POOL_SIZE", "10")), float(os.getenv("POOL_TIMEOUT", "30")))
-"""
-    main.write_text(code.replace("\nstore = MemoryStore()\n", store))
 
 
 def processes(server) -> list[int]:

@@ -1,4 +1,8 @@
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import forked
+
+forked.warm_up()
 
 import agents
 import pytest
@@ -103,6 +107,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
 }
+CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}  # what differs in its main.py
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
 # These start as a user starts them, the others as forks of a process that has done the imports.
@@ -127,7 +132,7 @@ def servers(request, provider, database, tmp_path_factory):
             environment["DATABASE_URL"] = database.schema()
         workers = 2 * ("DATABASE_URL" in environment)
         fork = not workers and name not in NEW_PROCESSES
-        return Server(folder, environment, program and TESTS / program, workers, fork).started()
+        return Server(folder, environment, program and TESTS / program, workers, fork, CHANGES.get(name, {})).started()
 
     with ThreadPoolExecutor(2) as pool:
 
@@ -136,12 +141,13 @@ def servers(request, provider, database, tmp_path_factory):
                 running[name] = pool.submit(launched, name)
             return running[name].result()
 
-        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side.
+        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side, and `main` with them.
         if len(request.session.items) > 200:
             running.update((name, pool.submit(launched, name)) for name in eager)
-            wait(running.values())
+            request.getfixturevalue("main")
         yield start
-        all_running = {name: future.result() for name, future in running.items() if not future.exception()}
+    all_running = {name: future.result() for name, future in running.items() if not future.exception()}
+    with ThreadPoolExecutor(len(SERVERS)) as pool:
         codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
     if request.session.shouldfail:  # what its server complains of is told already
         return

@@ -10,7 +10,6 @@ import runpy
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -18,17 +17,14 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["warm"])
 
 
-@contextmanager
-def forkserver_environment():
-    """The forkserver starts with no variable but these."""
+def warm_up() -> None:
+    """Start the forkserver, with no variable but these. It does its imports while this process goes on."""
     environment = dict(os.environ)
     os.environ.clear()
     os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(TESTS)})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def run(program: str, environment: dict[str, str], folder: str, output) -> None:
@@ -52,8 +48,7 @@ class Forked:
     def __init__(self, program: str, environment: dict[str, str], folder: Path):
         reader, writer = context.Pipe(duplex=False)
         self.process = context.Process(target=run, args=(program, environment, str(folder), writer), daemon=True)
-        with forkserver_environment():
-            self.process.start()
+        self.process.start()
         writer.close()
         self.pid = self.process.pid
         self.stdout = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")

@@ -5,7 +5,7 @@ import re
 import threading
 
 import pytest
-from client import Chat, done, message, processes, text_of, until
+from client import Chat, deltas, done, message, processes, text_of, until
 from provider import Failure, Finish, Silence, Text, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -83,20 +83,25 @@ async def test_a_thread_is_deleted_between_two_turns_of_one_connection(main):
 
 @pytest.mark.parametrize("where", ["openai", "sqlite_1"])
 async def test_two_messages_at_the_same_moment(servers, provider, where):
+    """Both are answered. Each model call may see both messages, so it is not known to which of them it replies."""
     chat = Chat(servers(where).url)
     chat.say("hello")
     silence = Silence()
     for text in ("one", "two"):
-        provider.script[text] = [[Text(f"reply to {text}, "), silence, Text("whole")]]
+        provider.script[text] = [[Text("a reply, "), silence, Text("whole")]]
     readings = [Reading(again(chat).start(text)) for text in ("one", "two")]
     for reading in readings:
-        await reading.until("reply to ")
+        await reading.until("a reply, ")
     silence.end.set()
-    replies = [done(await reading.end())[0] for reading in readings]
-    assert [text_of(reply) for reply in replies] == ["reply to one, whole", "reply to two, whole"]
+    replies = []
+    for reading in readings:
+        events = await reading.end()
+        replies += done(events)
+        assert deltas(events, replies[-1].id) == text_of(replies[-1]) == "a reply, whole"
     items = chat.items()[2:]
-    assert sorted(text_of(item) for item in items) == ["one", "reply to one, whole", "reply to two, whole", "two"]
+    assert sorted(text_of(item) for item in items) == ["a reply, whole", "a reply, whole", "one", "two"]
     assert len({item["id"] for item in items}) == 4
+    assert {reply.id for reply in replies} == {item["id"] for item in items if item["type"] == "assistant_message"}
 
 
 async def test_retry_while_the_reply_streams(chat, server, provider):
