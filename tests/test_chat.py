@@ -1,7 +1,10 @@
 """Conversations: ids, what is stored, and what the model is told."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from client import Chat, deltas, done, text_of
+from conftest import PROVIDERS
 from provider import Text, Thought, ToolCall
 
 
@@ -54,14 +57,21 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
     assert provider.requests[-1].format.instructions(provider.requests[-1].body) == "You are a helpful assistant."
 
 
-def test_a_long_conversation_keeps_its_newest_part(chat, provider):
-    for number in range(110):
-        chat.say(f"turn {number}")
-    told = provider.requests[-1].messages
-    assert told[-1] == ("user", "turn 109")
-    assert told[-2] == ("assistant", "You said: turn 108")
-    assert told[0] == ("user", "turn 60")
-    assert len(told) == 99
+def test_a_long_conversation_keeps_its_newest_part(servers, provider):
+    """With each provider; at once, as this takes longer than any other test."""
+
+    def talk(name: str) -> None:
+        chat = Chat(servers(name).url)
+        for number in range(110):
+            chat.say(f"{name} {number}")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(talk, PROVIDERS))
+    for name in PROVIDERS:
+        (told,) = [told for told in (request.messages for request in provider.requests) if told[-1][1] == f"{name} 109"]
+        assert told[-2] == ("assistant", f"You said: {name} 108")
+        assert told[0] == ("user", f"{name} 60")
+        assert len(told) == 99
 
 
 def test_reasoning_becomes_a_workflow_with_one_id(chat, provider):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from agents import ModelSettings, ModelTracing
 from client import ROOT, Chat, done, error_of, say_at_once, text_of
+from conftest import PROVIDERS
 from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
 
 KEYS = ("gemini-key-0123456789", "openai-key-0123456789", "anthropic-key-0123456789")
@@ -69,20 +70,21 @@ def test_fault(chat, server, provider, provider_name, fault):
         assert key not in "\n".join(server.log)
 
 
-def test_silence(customised, provider):
-    """Before the first token and between two: the connection is closed, the text stays."""
+def test_silence(servers, provider):
+    """Before the first token and between two: the connection is closed, the text stays. All providers at once."""
     silences = {"at once": ([Silence()], ""), "later": ([*PARTIAL, Silence()], "The first half")}
     provider.script.update({text: [steps] for text, (steps, _) in silences.items()})
-    chats = {text: Chat(customised.url) for text in silences}
-    with ThreadPoolExecutor() as pool:
-        streams = dict(zip(chats, pool.map(lambda text: chats[text].say(text), chats)))
-    for text, (_, kept) in silences.items():
-        error = error_of(streams[text])
+    chats = [(Chat(servers(f"customised_{name}").url), text) for name in PROVIDERS for text in silences]
+    with ThreadPoolExecutor(len(chats)) as pool:
+        streams = list(pool.map(lambda pair: pair[0].say(pair[1]), chats))
+    for (chat, text), events in zip(chats, streams):
+        error = error_of(events)
         assert (error.code, error.allow_retry) == ("custom", True) and "timed out" in error.message
-        assert text_of(chats[text].items()[-1]) == (kept or text)
+        assert text_of(chat.items()[-1]) == (silences[text][1] or text)
+    assert len(provider.requests) == len(chats)
     for request in provider.requests:
         assert request.closed.wait(1)
-    for chat in chats.values():
+    for chat, _ in chats:
         assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
 
 
