@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections import Counter
 
 import httpx
 import pytest
@@ -42,6 +43,13 @@ def chat(server):
 def worker(chat: Chat) -> int:
     """The process that answers on the chat's connection."""
     return chat.http.get("/worker").json()
+
+
+async def left(server: Server) -> None:
+    """Return when each worker has noticed which clients are gone: it has answered requests that came later."""
+    answers: Counter[int] = Counter()
+    while len(answers) < 2 or min(answers.values()) < 5:
+        answers[await asyncio.to_thread(worker, Chat(server.url))] += 1
 
 
 class Locked:
@@ -181,18 +189,23 @@ async def test_a_slow_database_keeps_only_those_who_need_it(server, database, ur
     slow = threading.Thread(target=lambda: events.extend(chat.say("slow")))
     slow.start()
     await lock.awaited()
-    replies = await asyncio.to_thread(say_at_once, server.url, [f"fast {number}" for number in range(20)])
+    try:
+        fast = asyncio.to_thread(say_at_once, server.url, [f"fast {number}" for number in range(20)])
+        replies = await asyncio.wait_for(fast, 20)
+        assert not done(events)
+    finally:
+        lock.release()
     assert [text_of(item) for text in replies for item in done(replies[text])] == [f"You said: {text}" for text in replies]
-    assert len(replies) == 20 and not done(events)
-    lock.release()
+    assert len(replies) == 20
     await asyncio.to_thread(slow.join, 20)
     assert [text_of(item) for item in done(events)] == ["You said: slow"]
 
 
 @pytest.mark.parametrize("written", ["message", "reply"])
 async def test_leaving_while_the_database_writes(server, provider, database, url, chat, written):
-    """What the client sent and what was streamed to it is stored nevertheless."""
+    """What the client sent and what was streamed to it is stored, and no statement is interrupted."""
     chat.say("hello")
+    log_start = len(server.log)
     silence = Silence()
     provider.script["go"] = [[Text("one "), Text("two"), silence]]
     if written == "message":
@@ -207,12 +220,14 @@ async def test_leaving_while_the_database_writes(server, provider, database, url
         silence.end.set()
         await lock.awaited()
         stream.close()
+    await left(server)
     lock.release()
     kept = ["go"] if written == "message" else ["go", "one two"]
     reader = Chat(server.url, thread_id=chat.thread_id)
     await until(lambda: len(reader.items()) == 2 + len(kept))
     assert [text_of(item) for item in reader.items()] == ["hello", "You said: hello", *kept]
     assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+    assert "closing connection" not in "\n".join(server.log[log_start:])
 
 
 async def test_the_database_restarts_between_two_messages(server, database, chat):
