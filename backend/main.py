@@ -471,9 +471,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
         asyncio.current_task().set_name(thread.id)  # for stop_turns
         # Starlette cancels every await that follows, hence the shield. The thread may have been deleted meanwhile.
         with anyio.CancelScope(shield=True), suppress(NotFoundError):
-            for item in pending_items:
-                if item.type == "workflow":
-                    await self.store.add_thread_item(thread.id, item, context)
+            for item in [item for item in pending_items if item.type == "workflow"]:
+                await self.store.add_thread_item(thread.id, item, context)
             await super().handle_stream_cancelled(thread, pending_items, context)
 
 
@@ -513,22 +512,29 @@ async def with_reply(events: Events, agent_context: AgentContext, result: RunRes
         raise EmptyReply
 
 
+class StreamedMessage(AssistantMessageItem):
+    """A message that chatkit extends in place. It would copy the message for each delta."""
+
+    content: list[AssistantMessageContent]  # the same, but pydantic cannot build the class without it
+
+    def model_copy(self, **_) -> "StreamedMessage":
+        return self
+
+
 async def with_unfinished_items(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
     """Complete the items that an error interrupts, so that chatkit stores what was streamed of them."""
-    unfinished, texts = {}, defaultdict(str)  # by item id
+    unfinished = {}  # by id
     try:
         async for event in events:
             if event.type == "thread.item.added":
+                if event.item.type == "assistant_message":
+                    event.item = StreamedMessage(**dict(event.item))
                 unfinished[event.item.id] = event.item
-            elif event.type == "thread.item.updated":
-                texts[event.item_id] += getattr(event.update, "delta", "")
             elif event.type in ("thread.item.done", "thread.item.removed"):
                 unfinished.pop(event.item.id if event.type == "thread.item.done" else event.item_id, None)
             yield event
     except Exception:
-        for id, item in unfinished.items():
-            if item.type == "assistant_message":
-                item.content = [AssistantMessageContent(text=texts[id])]
+        for item in unfinished.values():
             yield ThreadItemDoneEvent(item=item)
         raise
 
@@ -661,12 +667,11 @@ async def health():
 
 async def all_rows(load_page: Callable[[str | None], Awaitable[Page]]) -> AsyncIterator:
     """Yield the rows of every page; load_page(after) loads one page."""
-    after, more = None, True
-    while more:
-        page = await load_page(after)
+    page = Page(has_more=True)
+    while page.has_more:
+        page = await load_page(page.after)
         for row in page.data:
             yield row
-        after, more = page.after, page.has_more
 
 
 # Debug endpoint to inspect stored items

@@ -237,12 +237,14 @@ async def page_ratio(stores: dict) -> float:
 
 
 def pages(main) -> tuple[str, float]:
+    from chatkit.types import AssistantMessageContent
+
     async def measure() -> float:
         stores = {}
         for count in (100, 100_000):
             store = stores[count] = main.MemoryStore()
             thread = main.ThreadMetadata(id="t", created_at=datetime.now())
-            content = [main.AssistantMessageContent(text="hello " * 20)]
+            content = [AssistantMessageContent(text="hello " * 20)]
             item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
             await store.save_thread(thread, {})
             for number in range(count):
@@ -322,6 +324,7 @@ FROM generate_series(0, %(count)s - 1) n;
 
 
 def postgres_pages(main, database) -> tuple[str, float]:
+    from chatkit.types import AssistantMessageContent
     from postgres_store import PostgresStore
 
     async def measure() -> float:
@@ -330,7 +333,7 @@ def postgres_pages(main, database) -> tuple[str, float]:
             url = database.schema()
             store = stores[count] = PostgresStore(url)
             await store.save_thread(main.ThreadMetadata(id="t", created_at=datetime.now()), {})
-            content = [main.AssistantMessageContent(text="hello " * 20)]
+            content = [AssistantMessageContent(text="hello " * 20)]
             item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
             with database.connect(url) as connection:
                 connection.execute(FILL, {"count": count})
