@@ -388,7 +388,8 @@ class ChatKitServerImpl(ChatKitServer[dict]):
     def __init__(self, store: Store[dict]) -> None:
         super().__init__(store)
         options = {"mock_response": MOCK_REPLY} if PROVIDER == "mock" else {"max_retries": 0}
-        settings = ModelSettings(include_usage=True, extra_args=options)
+        # Log lines count the tokens. LiteLLM refuses `stream_options`, which asks for them, for two providers.
+        settings = ModelSettings(include_usage=PROVIDER not in ("bytez", "oci"), extra_args=options)
         self.agent = Agent[AgentContext]("Assistant", instructions=INSTRUCTIONS, model=model, model_settings=settings)
 
     async def process(self, request: bytes, context: dict) -> StreamingResult | NonStreamingResult:
@@ -565,7 +566,7 @@ async def with_log_line(events: Events, agent_context: AgentContext, result: Run
             yield event
     finally:
         total, error, usage = f"{time.monotonic() - started:.3f}s", sys.exc_info()[0], result.context_wrapper.usage
-        end = "done" if error is None else "fault" if issubclass(error, Exception) else "stopped"
+        end = "done" if error is None else "stopped" if error is asyncio.CancelledError else "fault"
         tokens = usage.input_tokens or "-", usage.output_tokens or "-"
         logger.info(TURN, os.getpid(), agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, total, *tokens)
 

@@ -3,9 +3,11 @@
 import asyncio
 import gc
 import json
+import re
 import signal
 import time
 from itertools import count
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -54,7 +56,7 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
 
 
-async def test_a_store_that_fails_ends_the_run(main, provider):
+async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
     """chatkit then drops the turn's events, without an error in them. The run must end at once, not with the garbage."""
 
     class Broken(main.MemoryStore):
@@ -73,6 +75,8 @@ async def test_a_store_that_fails_ends_the_run(main, provider):
     server.agent.model_settings = ModelSettings()
     server.agent.model = main.ProviderModel(model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key")
     request = {"type": "threads.create", "params": {"input": message("go")}}
+    log = []
+    monkeypatch.setattr(main, "logger", SimpleNamespace(info=lambda line, *values: log.append(line % values)))
     before = asyncio.all_tasks()
     gc.disable()
     try:
@@ -82,6 +86,7 @@ async def test_a_store_that_fails_ends_the_run(main, provider):
         assert not pending
     finally:
         gc.enable()
+    assert [re.search("end=[a-z]+", line)[0] for line in log] == ["end=fault"]
 
 
 async def test_a_run_that_is_cancelled_twice(main, monkeypatch):

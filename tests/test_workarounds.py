@@ -14,6 +14,7 @@ import weakref
 from contextvars import ContextVar
 
 import httpx
+import litellm
 import pytest
 from agents import Model, ModelSettings, ModelTracing
 from client import NO_TLS, Chat, deltas, done, error_of, load_main, message, text_of, until
@@ -326,6 +327,15 @@ async def test_a_type_adapter_per_request(main, monkeypatch):
     monkeypatch.delattr("chatkit.server.TypeAdapter")
     result = await main.server.process(b'{"type": "threads.list", "params": {}}', {})
     assert result.json == b'{"data":[],"has_more":false}'
+
+
+@pytest.mark.parametrize("name", ["bytez", "oci"])
+def test_two_providers_refuse_stream_options(tmp_path, name):
+    """LiteLLM refuses `stream_options` for them, by which the number of tokens is asked for: every chat would fail."""
+    settings = load_main(tmp_path, {"PROVIDER": name, "MODEL": "m"}).server.agent.model_settings
+    options = {"stream_options": {"include_usage": True}} if settings.include_usage else {}
+    sent = litellm.utils.get_optional_params("m", custom_llm_provider=name, stream=True, **options)
+    assert not re.search("stream_?options", str(sent), re.I)
 
 
 def test_a_blank_key_counts_as_a_key(tmp_path):
