@@ -525,8 +525,7 @@ class Provider:
     def __enter__(self):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        # Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it is used again.
-        config = uvicorn.Config(self.app, log_level="critical", lifespan="off", timeout_keep_alive=600)
+        config = uvicorn.Config(self.app, **OPTIONS)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
@@ -535,6 +534,10 @@ class Provider:
     def __exit__(self, *_):
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(10)
+
+
+# Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it is used again.
+OPTIONS = {"log_level": "critical", "lifespan": "off", "timeout_keep_alive": 600}
 
 
 class Now(Text):
@@ -550,4 +553,4 @@ if __name__ == "__main__":
     port, deltas, per_second = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     provider = Provider(lambda _: [Now()] * deltas, per_second)
     provider.keep = False
-    uvicorn.run(provider.app, host="127.0.0.1", port=port, log_level="critical", lifespan="off")
+    uvicorn.run(provider.app, host="127.0.0.1", port=port, **OPTIONS)
