@@ -48,7 +48,7 @@ def free_port() -> int:
 
 
 # What the README says to change in main.py, with a pool that the tests can make small.
-ON_POSTGRES = {
+POSTGRES_CHANGES = {
     "store = MemoryStore()": """
 from postgres_store import PostgresStore
 
@@ -71,7 +71,7 @@ class Server:
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
         code = (ROOT / "backend" / "main.py").read_text()
-        for old, new in {**changes, **(ON_POSTGRES if workers else {})}.items():
+        for old, new in {**changes, **(POSTGRES_CHANGES if workers else {})}.items():
             assert code.count(old) == 1, old
             code = code.replace(old, new)
         main.write_text(code)

@@ -2,7 +2,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import forked
 
-forked.warm_up()
+forked.warm_up()  # before the other imports: both take seconds, and a second core is free
 
 import agents
 import pytest
@@ -107,11 +107,12 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
 }
-CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}  # what differs in its main.py
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
 # These start as a user starts them, the others as forks of a process that has done the imports.
 NEW_PROCESSES = ("gemini", "env_file")
+# What differs in main.py from the original.
+CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}
 PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
 
 
