@@ -19,7 +19,8 @@ from datetime import date, datetime
 from pathlib import Path
 
 import httpx
-from client import Server, free_port, load_main, memory, message, processes
+from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
+from client import NO_TLS, Server, free_port, load_main, memory, message, processes
 from cluster import Database
 from provider import Provider
 
@@ -28,38 +29,12 @@ CORES = sorted(os.sched_getaffinity(0))
 PAIRS = 3
 MODEL = "openai/gpt-4o"
 
-# A bare client of LiteLLM: STREAMS streams at once, its CPU seconds per delta on the last line.
-BARE = """
-import asyncio, os, sys, time
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-import litellm
+# STREAMS replies at once; the CPU seconds per delta on the last line. `reply` yields whether a chunk is a delta.
+MEASURE = """
 async def stream(enough=None):
     deltas = 0
-    messages = [{"role": "user", "content": "hello"}]
-    async for chunk in await litellm.acompletion(sys.argv[1], messages=messages, stream=True):
-        deltas += bool(chunk.choices[0].delta.content)
-        if deltas == enough:
-            break
-    return deltas
-async def main():
-    await stream(enough=1)
-    began = time.process_time()
-    deltas = sum(await asyncio.gather(*(stream() for _ in range(int(sys.argv[2])))))
-    print((time.process_time() - began) / deltas, flush=True)
-    os._exit(0)
-asyncio.run(main())
-"""
-# openai-agents' own loop over main.py's model and agent, without chatkit and HTTP; otherwise the same.
-AGENTS = """
-import asyncio, os, sys, tempfile, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from client import load_main
-main = load_main(Path(tempfile.mkdtemp()) / "main", dict(os.environ))
-async def stream(enough=None):
-    deltas = 0
-    async for event in main.Runner.run_streamed(main.server.agent, "hello").stream_events():
-        deltas += event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
+    async for is_delta in reply():
+        deltas += is_delta
         if deltas == enough:
             break
     return deltas
@@ -71,6 +46,27 @@ async def run():
     os._exit(0)
 asyncio.run(run())
 """
+# LiteLLM alone.
+BARE = f"""
+import asyncio, os, sys, time
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+import litellm
+async def reply():
+    messages = [{{"role": "user", "content": "hello"}}]
+    async for chunk in await litellm.acompletion(sys.argv[1], messages=messages, stream=True):
+        yield bool(chunk.choices[0].delta.content)
+{MEASURE}"""
+# openai-agents' own loop over main.py's model and agent, without chatkit and HTTP; otherwise the same.
+AGENTS = f"""
+import asyncio, os, sys, tempfile, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from client import load_main
+main = load_main(Path(tempfile.mkdtemp()) / "main", dict(os.environ))
+async def reply():
+    async for event in main.Runner.run_streamed(main.server.agent, "hello").stream_events():
+        yield event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
+{MEASURE}"""
 IMPORTS = """
 import os
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -97,7 +93,7 @@ def wait_for(url: str) -> None:
     """Until something answers there."""
     while True:
         try:
-            httpx.get(url)
+            httpx.get(url, verify=NO_TLS)
             return
         except httpx.ConnectError:
             time.sleep(0.01)
@@ -147,7 +143,8 @@ async def chats(url: str, streams: int, enough: int | None = None) -> list[list[
                         break
         return seen
 
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, verify=NO_TLS) as http:
         return await asyncio.gather(*(chat(http) for _ in range(streams)))
 
 
@@ -219,6 +216,11 @@ def streams_held() -> tuple[str, None]:
     return str(streams), None
 
 
+def stored_message(id: str, text: str) -> AssistantMessageItem:
+    content = [AssistantMessageContent(text=text)]
+    return AssistantMessageItem(id=id, thread_id="t", created_at=datetime.now(), content=content)
+
+
 async def page_ratio(stores: dict) -> float:
     """Time of a page at 100,000 rows divided by that at 100: the worst of both orders, start and middle."""
     ratios = []
@@ -237,15 +239,12 @@ async def page_ratio(stores: dict) -> float:
 
 
 def pages(main) -> tuple[str, float]:
-    from chatkit.types import AssistantMessageContent
-
     async def measure() -> float:
         stores = {}
         for count in (100, 100_000):
             store = stores[count] = main.MemoryStore()
-            thread = main.ThreadMetadata(id="t", created_at=datetime.now())
-            content = [AssistantMessageContent(text="hello " * 20)]
-            item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
+            thread = ThreadMetadata(id="t", created_at=datetime.now())
+            item = stored_message("", "hello " * 20)
             await store.save_thread(thread, {})
             for number in range(count):
                 item.id, thread.id = f"msg_{number}", f"thr_{number}"
@@ -257,14 +256,10 @@ def pages(main) -> tuple[str, float]:
 
 
 def bytes_per_message(main) -> tuple[str, None]:
-    from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
-
     async def fill(count: int) -> None:
         for number in range(count):
-            content = [AssistantMessageContent(text=f"message {number} " + "hello " * 20)]
             id = store.generate_item_id("message", thread, {})
-            item = AssistantMessageItem(id=id, thread_id="t", created_at=datetime.now(), content=content)
-            await store.add_thread_item("t", item, {})
+            await store.add_thread_item("t", stored_message(id, f"message {number} " + "hello " * 20), {})
 
     import tracemalloc
 
@@ -324,7 +319,6 @@ FROM generate_series(0, %(count)s - 1) n;
 
 
 def postgres_pages(main, database) -> tuple[str, float]:
-    from chatkit.types import AssistantMessageContent
     from postgres_store import PostgresStore
 
     async def measure() -> float:
@@ -332,9 +326,8 @@ def postgres_pages(main, database) -> tuple[str, float]:
         for count in (100, 100_000):
             url = database.schema()
             store = stores[count] = PostgresStore(url)
-            await store.save_thread(main.ThreadMetadata(id="t", created_at=datetime.now()), {})
-            content = [AssistantMessageContent(text="hello " * 20)]
-            item = main.AssistantMessageItem(id="", thread_id="t", created_at=datetime.now(), content=content)
+            await store.save_thread(ThreadMetadata(id="t", created_at=datetime.now()), {})
+            item = stored_message("", "hello " * 20)
             with database.connect(url) as connection:
                 connection.execute(FILL, {"count": count})
                 connection.execute(FILL_ITEMS, {"count": count, "item": item.model_dump_json()})
