@@ -232,6 +232,7 @@ def test_health_and_pages_from_elsewhere(server):
     assert httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
     preflight = httpx.options(
         f"{server.url}/chatkit",
+        verify=NO_TLS,
         headers={"Origin": "https://example.com", "Access-Control-Request-Method": "POST"},
     )
     assert preflight.status_code == 200
