@@ -31,7 +31,7 @@ test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with 
 	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
 
 postgres: venv
-	@$(VENV)/bin/python tests/cluster.py
+	@$(VENV)/bin/python tests/support/cluster.py
 	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt -c backend/constraints.txt
 
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency

@@ -20,11 +20,15 @@ from pathlib import Path
 
 import httpx
 from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
-from client import NO_TLS, Server, free_port, load_main, memory, message, processes
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS / "support"))
+sys.path.insert(0, str(TESTS / "examples"))
+
+from client import NO_TLS, SUPPORT, Server, free_port, load_main, memory, message, processes
 from cluster import Database
 from provider import Provider
 
-HERE = Path(__file__).parent
 CORES = sorted(os.sched_getaffinity(0))
 PAIRS = 3
 MODEL = "openai/gpt-4o"
@@ -104,7 +108,7 @@ class Upstream:
 
     def __init__(self, deltas: int, per_second: float):
         self.port = free_port()
-        arguments = [sys.executable, str(HERE / "provider.py"), str(self.port), str(deltas), str(per_second)]
+        arguments = [sys.executable, str(SUPPORT / "provider.py"), str(self.port), str(deltas), str(per_second)]
         self.process = subprocess.Popen(arguments)
         wait_for(f"http://127.0.0.1:{self.port}/")
 
@@ -164,7 +168,7 @@ def cpu_per_delta() -> list[tuple[str, float]]:
             ours = (cpu(server.process.pid) - began) / deltas
             environment = {**upstream.environment(), "PATH": os.environ["PATH"]}
             alone = []
-            for program, argument in (AGENTS, str(HERE)), (BARE, MODEL):
+            for program, argument in (AGENTS, str(SUPPORT)), (BARE, MODEL):
                 command = [sys.executable, "-c", program, argument, "20"]
                 output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
                 alone.append(float(output.split()[-1]))

@@ -1,4 +1,10 @@
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS / "support"))
+sys.path.insert(0, str(TESTS / "examples"))
 
 import forked
 
@@ -6,7 +12,7 @@ forked.warm_up()  # before the other imports: both take seconds, and a second co
 
 import agents
 import pytest
-from client import ROOT, Chat, Server, load_main
+from client import EXAMPLES, SUPPORT, Chat, Server, load_main
 from provider import Provider
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
@@ -84,7 +90,6 @@ def database(request):
         yield database
 
 
-TESTS = ROOT / "tests"
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
     **{
@@ -113,7 +118,13 @@ ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_
 NEW_PROCESSES = ("gemini", "env_file")
 # What differs in main.py from the original.
 CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}
-PROGRAMS = {"customised": "customised.py", "users": "customised.py", "sqlite": "sqlite_store.py", "env": "served.py"}
+# What runs in main.py's place, by the first word of the server's name.
+PROGRAMS = {
+    "customised": SUPPORT / "customised.py",
+    "users": SUPPORT / "customised.py",
+    "sqlite": EXAMPLES / "sqlite_store.py",
+    "env": SUPPORT / "served.py",
+}
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +144,7 @@ def servers(request, provider, database, tmp_path_factory):
             environment["DATABASE_URL"] = database.schema()
         workers = 2 * ("DATABASE_URL" in environment)
         fork = not workers and name not in NEW_PROCESSES
-        return Server(folder, environment, program and TESTS / program, workers, fork, CHANGES.get(name, {})).started()
+        return Server(folder, environment, program, workers, fork, CHANGES.get(name, {})).started()
 
     with ThreadPoolExecutor(2) as pool:
 

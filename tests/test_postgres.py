@@ -9,8 +9,7 @@ from collections import Counter
 import httpx
 import pytest
 from chatkit.types import AssistantMessageItem
-from client import NO_TLS, Chat, Server, done, error_of, message, say_at_once, text_of, until
-from conftest import TESTS
+from client import NO_TLS, SUPPORT, Chat, Server, done, error_of, message, say_at_once, text_of, until
 from postgres_store import PostgresStore
 from provider import Silence, Text, ToolCall
 from test_leaving import many
@@ -30,7 +29,7 @@ def server(provider, url, tmp_path_factory):
     """Two workers, each with fewer connections than it has chats."""
     settings = {"PROVIDER": "openai", "DATABASE_URL": url, "POOL_SIZE": "4", "POOL_TIMEOUT": "5"}
     environment = {**provider.environment(), **settings}
-    server = Server(tmp_path_factory.mktemp("postgres"), environment, TESTS / "customised.py", workers=2).started()
+    server = Server(tmp_path_factory.mktemp("postgres"), environment, SUPPORT / "customised.py", workers=2).started()
     yield server
     assert server.stop() == 0
 

@@ -20,7 +20,9 @@ from forked import Forked
 from pydantic import TypeAdapter
 
 PATH = os.environ["PATH"]
-ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = Path(__file__).resolve().parent
+EXAMPLES = SUPPORT.parent / "examples"
+ROOT = SUPPORT.parent.parent
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # by default each client of httpx loads all certificates, for 26 ms
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
@@ -62,7 +64,7 @@ class Server:
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
     With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says.
-    With `fork`: a fork of a process that has done the imports (tests/forked.py).
+    With `fork`: a fork of a process that has done the imports (forked.py).
     With `changes`: parts of main.py and what replaces them."""
 
     def __init__(
@@ -86,11 +88,11 @@ class Server:
             folders = ["--app-dir", str(program.parent)] if program else []
             options = ["--workers", str(workers), "--timeout-graceful-shutdown", "5", "--port", str(self.port)]
             command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
-            shutil.copy(ROOT / "tests" / "postgres_store.py", main.parent)
+            shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
         environment = {
             "PATH": PATH,
             "HOME": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "only_loopback"), str(main.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(SUPPORT / "only_loopback"), str(main.parent)]),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
             "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",

@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["warm"])
 
@@ -21,7 +21,7 @@ def warm_up() -> None:
     """Start the forkserver, with no variable but these. It does its imports while this process goes on."""
     environment = dict(os.environ)
     os.environ.clear()
-    os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(TESTS)})
+    os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(SUPPORT)})
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(environment)

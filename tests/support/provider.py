@@ -11,7 +11,7 @@ The first list answers the first request that carries this message, the second t
 next (after the tool's output); the last one stays. A message without a script is
 answered with `echo(message)`. Every request is kept in `provider.requests`.
 
-Run as a program (`python tests/provider.py PORT DELTAS PER_SECOND`) it answers every
+Run as a program (`python tests/support/provider.py PORT DELTAS PER_SECOND`) it answers every
 request with DELTAS deltas, PER_SECOND of them each second (0: as fast as it can).
 """
 

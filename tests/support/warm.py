@@ -1,4 +1,4 @@
-"""What the forkserver of tests/forked.py imports first: all that main.py imports, with the network closed."""
+"""What the forkserver of forked.py imports first: all that main.py imports, with the network closed."""
 
 import os
 import runpy
