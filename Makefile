@@ -9,12 +9,13 @@ FOUND = $(or $(PYTHON),python3)
 VENV := backend/.venv
 LATEST := backend/.venv-latest
 REQUIREMENTS := backend/requirements.txt tests/requirements.txt
+LINT := tests/requirements-lint.txt tests/requirements-postgres.txt
 ON_POSTGRES := store chat faults leaving users requests postgres
 UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-postgres postgres test-latest bench bench-postgres lock check-lock clean
+.PHONY: help venv run test test-postgres postgres test-latest lint bench bench-postgres lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +38,12 @@ postgres: venv
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python -m pytest -q tests
+
+lint: venv  ## Check the format, the code and the types with ruff and mypy
+	@$(VENV)/bin/python -m pip install -q $(LINT:%=-r %) -c backend/constraints.txt
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
 
 bench: venv  ## Measure the server against openai-agents and LiteLLM alone (a few minutes)
 	$(VENV)/bin/python tests/bench.py
@@ -61,7 +68,7 @@ check-lock: $(UV)  ## Resolve backend/constraints.txt, from wheels alone, for ev
 	done || exit 1; done
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(LATEST) backend/.lock .pytest_cache
+	rm -rf $(VENV) $(LATEST) backend/.lock .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Both are made again when what they are made from changes.

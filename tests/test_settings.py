@@ -230,6 +230,6 @@ def test_make_finds_no_python(tmp_path, pythons, arguments, says):
 
 def test_make_help_lists_the_targets():
     output = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
-    targets = "venv run test test-postgres test-latest bench bench-postgres lock check-lock clean"
+    targets = "venv run test test-postgres test-latest lint bench bench-postgres lock check-lock clean"
     for target in targets.split():
         assert re.search(rf"^{target}\b", output, re.M), output
