@@ -108,12 +108,22 @@ class Upstream:
 
     def __init__(self, deltas: int, per_second: float):
         self.port = free_port()
-        arguments = [sys.executable, str(SUPPORT / "provider.py"), str(self.port), str(deltas), str(per_second)]
+        arguments = [
+            sys.executable,
+            str(SUPPORT / "provider.py"),
+            str(self.port),
+            str(deltas),
+            str(per_second),
+        ]
         self.process = subprocess.Popen(arguments)
         wait_for(f"http://127.0.0.1:{self.port}/")
 
     def environment(self) -> dict[str, str]:
-        return {"OPENAI_BASE_URL": f"http://127.0.0.1:{self.port}/openai", "OPENAI_API_KEY": "key", "PROVIDER": "openai"}
+        return {
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{self.port}/openai",
+            "OPENAI_API_KEY": "key",
+            "PROVIDER": "openai",
+        }
 
     def __enter__(self):
         return self
@@ -125,7 +135,9 @@ class Upstream:
 
 def serve(upstream: Upstream, workers: int = 0, **environment: str) -> Server:
     """The server, ready; with `workers`, on the PostgreSQL of DATABASE_URL."""
-    return Server(Path(tempfile.mkdtemp()), {**upstream.environment(), **environment}, workers=workers).started()
+    return Server(
+        Path(tempfile.mkdtemp()), {**upstream.environment(), **environment}, workers=workers
+    ).started()
 
 
 def cpu(pid: int) -> float:
@@ -133,7 +145,9 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def chats(url: str, streams: int, enough: int | None = None) -> list[list[tuple[float, float]]]:
+async def chats(
+    url: str, streams: int, enough: int | None = None
+) -> list[list[tuple[float, float]]]:
     """Chats at once: for each delta the second in which it was sent and that in which it came."""
 
     async def chat(http: httpx.AsyncClient) -> list[tuple[float, float]]:
@@ -170,13 +184,20 @@ def cpu_per_delta() -> list[tuple[str, float]]:
             alone = []
             for program, argument in (AGENTS, str(SUPPORT)), (BARE, MODEL):
                 command = [sys.executable, "-c", program, argument, "20"]
-                output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+                output = subprocess.run(
+                    command, env=environment, capture_output=True, text=True
+                ).stdout
                 alone.append(float(output.split()[-1]))
             ratios.append([ours / theirs for theirs in alone])
             theirs = ", ".join(f"{value * 1000:.3f} ms" for value in alone)
-            say(f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms; openai-agents, LiteLLM alone: {theirs}")
+            say(
+                f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms; openai-agents, LiteLLM alone: {theirs}"
+            )
         server.stop()
-    return [(f"{statistics.median(values):.2f}", target) for values, target in zip(zip(*ratios), (1.10, 1.15))]
+    return [
+        (f"{statistics.median(values):.2f}", target)
+        for values, target in zip(zip(*ratios), (1.10, 1.15))
+    ]
 
 
 def first_delta() -> tuple[str, float]:
@@ -234,7 +255,9 @@ async def page_ratio(stores: dict) -> float:
             for _ in range(300):
                 for count, store in stores.items():
                     began = time.perf_counter()
-                    await store.load_thread_items("t", f"msg_{count // 2}" if middle else None, 20, order, {})
+                    await store.load_thread_items(
+                        "t", f"msg_{count // 2}" if middle else None, 20, order, {}
+                    )
                     await store.load_threads(20, f"thr_{count // 2}" if middle else None, order, {})
                     times[count].append(time.perf_counter() - began)
             ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
@@ -263,7 +286,9 @@ def bytes_per_message(main) -> tuple[str, None]:
     async def fill(count: int) -> None:
         for number in range(count):
             id = store.generate_item_id("message", thread, {})
-            await store.add_thread_item("t", stored_message(id, f"message {number} " + "hello " * 20), {})
+            await store.add_thread_item(
+                "t", stored_message(id, f"message {number} " + "hello " * 20), {}
+            )
 
     import tracemalloc
 
@@ -285,7 +310,9 @@ def after_cancelled() -> tuple[str, None]:
             asyncio.run(chats(server.url, 50, enough=1))
             if round in (3, 23):
                 sizes.append(memory(server))
-        say(f"resident memory after 200 cancelled streams {sizes[0]} KiB, after 1 200 {sizes[1]} KiB")
+        say(
+            f"resident memory after 200 cancelled streams {sizes[0]} KiB, after 1 200 {sizes[1]} KiB"
+        )
         server.stop()
     return f"{(sizes[1] - sizes[0]) / 1024:+.1f}", None
 
@@ -295,7 +322,9 @@ def start() -> tuple[str, None]:
     with Provider() as provider:
         for pair in range(PAIRS + 1):
             began = time.perf_counter()
-            server = Server(Path(tempfile.mkdtemp()), {**provider.environment(), "PROVIDER": "openai"})
+            server = Server(
+                Path(tempfile.mkdtemp()), {**provider.environment(), "PROVIDER": "openai"}
+            )
             wait_for(f"{server.url}/health")
             ours = time.perf_counter() - began
             server.stop()
@@ -358,8 +387,12 @@ def round_trips(main, database) -> tuple[str, None]:
         params = {"input": message("hello")}
         for type in ("threads.create", "threads.add_user_message"):
             sent.clear()
-            async for event in await server.process(json.dumps({"type": type, "params": params}).encode(), {}):
-                params["thread_id"] = params.get("thread_id") or json.loads(event[6:])["thread"]["id"]
+            async for event in await server.process(
+                json.dumps({"type": type, "params": params}).encode(), {}
+            ):
+                params["thread_id"] = (
+                    params.get("thread_id") or json.loads(event[6:])["thread"]["id"]
+                )
             say(f"{type}: {len(sent)} statements: {', '.join(sent)}")
         await store.close()
 
@@ -405,10 +438,15 @@ def run() -> None:
     main = load_main(Path(tempfile.mkdtemp()) / "main")
     wanted = sys.argv[1:]
     figures = {
-        ("CPU per delta ÷ openai-agents' own loop, 20 streams at 50 deltas/s", "… ÷ LiteLLM alone"): cpu_per_delta,
+        (
+            "CPU per delta ÷ openai-agents' own loop, 20 streams at 50 deltas/s",
+            "… ÷ LiteLLM alone",
+        ): cpu_per_delta,
         "p95 time to the first delta ÷ length of the run, 16 fast streams": first_delta,
         "streams at 50 deltas/s with p95 delay under 100 ms, on one core": streams_held,
-        "page of 20 at 100,000 rows ÷ at 100, worst of both orders, start and middle": lambda: pages(main),
+        "page of 20 at 100,000 rows ÷ at 100, worst of both orders, start and middle": lambda: (
+            pages(main)
+        ),
         "bytes per stored message of 130 characters": lambda: bytes_per_message(main),
         "memory that 1,000 cancelled streams add to that after 200, MiB": after_cancelled,
         "start to the first /health ÷ the template's imports": start,
@@ -417,9 +455,13 @@ def run() -> None:
         if database:
             wanted.remove("--postgres")
             figures = {
-                "streams at 50 deltas/s with p95 delay under 100 ms, one worker": lambda: postgres_streams(database, 1),
+                "streams at 50 deltas/s with p95 delay under 100 ms, one worker": lambda: (
+                    postgres_streams(database, 1)
+                ),
                 "the same, two workers": lambda: postgres_streams(database, 2),
-                "page of 20 at 100,000 rows ÷ at 100, worst case": lambda: postgres_pages(main, database),
+                "page of 20 at 100,000 rows ÷ at 100, worst case": lambda: postgres_pages(
+                    main, database
+                ),
                 "time to the first delta ÷ in memory": lambda: postgres_first_delta(database),
                 "statements of a message and its reply": lambda: round_trips(main, database),
             }

@@ -12,6 +12,7 @@ forked.warm_up()  # before the other imports: both take seconds, and a second co
 
 import agents
 import pytest
+
 from client import EXAMPLES, SUPPORT, Chat, Server, load_main
 from provider import Provider
 
@@ -46,8 +47,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    if item.session.testsfailed and nextitem and of_workarounds(item) and not of_workarounds(nextitem):
-        item.session.shouldfail = "a fault of a library is not worked around: the other tests are not run"
+    if (
+        item.session.testsfailed
+        and nextitem
+        and of_workarounds(item)
+        and not of_workarounds(nextitem)
+    ):
+        item.session.shouldfail = (
+            "a fault of a library is not worked around: the other tests are not run"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +111,9 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         "ALLOWED_ORIGINS": "https://app.example, https://other.example",
     },
     # Blank variables, as docker compose leaves them.
-    "no_key": dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""),
+    "no_key": dict.fromkeys(
+        ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""
+    ),
     "workers": {"PROVIDER": "mock", "WEB_CONCURRENCY": "4"},
     "env_file": {},
     "sqlite_1": {"PROVIDER": "openai"},
@@ -113,7 +123,15 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_busy": {"PROVIDER": "openai"},
 }
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
-ON_POSTGRES = ("customised", "gemini", "openai", "anthropic", "users", "stopped_idle", "stopped_busy")
+ON_POSTGRES = (
+    "customised",
+    "gemini",
+    "openai",
+    "anthropic",
+    "users",
+    "stopped_idle",
+    "stopped_busy",
+)
 # These start as a user starts them, the others as forks of a process that has done the imports.
 NEW_PROCESSES = ("gemini", "env_file")
 # What differs in main.py from the original.
@@ -158,15 +176,28 @@ def servers(request, provider, database, tmp_path_factory):
             running.update((name, pool.submit(launched, name)) for name in eager)
             request.getfixturevalue("main")
         yield start
-    all_running = {name: future.result() for name, future in running.items() if not future.exception()}
+    all_running = {
+        name: future.result() for name, future in running.items() if not future.exception()
+    }
     with ThreadPoolExecutor(len(SERVERS)) as pool:
         codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
     if request.session.shouldfail:  # what its server complains of is told already
         return
     # Only main.py run as a program turns the signal into an exit code of 0.
-    assert not [name for name, code in codes.items() if code not in ((0,) if name in PROVIDERS else (0, -15))], codes
+    assert not [
+        name
+        for name, code in codes.items()
+        if code not in ((0,) if name in PROVIDERS else (0, -15))
+    ], codes
     for name, server in all_running.items():
-        for text in ("OUTSIDE", "never retrieved", "was destroyed", "Unclosed", "Give Feedback", "Provider List"):
+        for text in (
+            "OUTSIDE",
+            "never retrieved",
+            "was destroyed",
+            "Unclosed",
+            "Give Feedback",
+            "Provider List",
+        ):
             assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 

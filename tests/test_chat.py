@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from client import Chat, deltas, done, text_of
 from conftest import PROVIDERS
 from provider import Text, Thought, ToolCall
@@ -16,14 +17,25 @@ def turn(chat: Chat, provider, text: str, *replies: list) -> list:
 def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, provider):
     chat, events = custom_chat, []
     for number in range(10):
-        events += turn(chat, provider, f"turn {number}", [Text(f"reply {number}, "), Text("and more")])
+        events += turn(
+            chat, provider, f"turn {number}", [Text(f"reply {number}, "), Text("and more")]
+        )
     events += turn(
-        chat, provider, "use a tool", [Text("Let me "), Text("look. "), ToolCall("clock")], [Text("It is "), Text("noon.")]
+        chat,
+        provider,
+        "use a tool",
+        [Text("Let me "), Text("look. "), ToolCall("clock")],
+        [Text("It is "), Text("noon.")],
     )
-    warm, cold = ToolCall("pick_colour", {"hint": "warm"}), ToolCall("pick_colour", {"hint": "cold"})
+    warm, cold = (
+        ToolCall("pick_colour", {"hint": "warm"}),
+        ToolCall("pick_colour", {"hint": "cold"}),
+    )
     events += turn(chat, provider, "two colours", [Text("Choose. "), warm], [cold], [Text("Fine.")])
     for colour in ("red", "blue"):
-        events += chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result=colour)
+        events += chat.stream(
+            "threads.add_client_tool_output", thread_id=chat.thread_id, result=colour
+        )
 
     assert "error" not in [event.type for event in events]
     stored = chat.items()
@@ -34,14 +46,27 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
     assert all(id.startswith(("msg_", "tc_")) for id in ids), ids
     assert [item["type"] for item in stored[20:]] == [
         *["user_message", "assistant_message", "assistant_message"],
-        *["user_message", "assistant_message", "client_tool_call", "client_tool_call", "assistant_message"],
+        *[
+            "user_message",
+            "assistant_message",
+            "client_tool_call",
+            "client_tool_call",
+            "assistant_message",
+        ],
     ]
-    assert [text_of(item) for item in stored[20:23]] == ["use a tool", "Let me look. ", "It is noon."]
+    assert [text_of(item) for item in stored[20:23]] == [
+        "use a tool",
+        "Let me look. ",
+        "It is noon.",
+    ]
     for item in stored:
         if item["type"] == "assistant_message":
             assert deltas(events, item["id"]) == text_of(item) != ""
     calls = [item for item in stored if item["type"] == "client_tool_call"]
-    assert [(call["arguments"]["hint"], call["output"]) for call in calls] == [("warm", "red"), ("cold", "blue")]
+    assert [(call["arguments"]["hint"], call["output"]) for call in calls] == [
+        ("warm", "red"),
+        ("cold", "blue"),
+    ]
 
 
 def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
@@ -54,7 +79,10 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
         ("assistant", "You said: two"),
         ("user", "three"),
     ]
-    assert provider.requests[-1].format.instructions(provider.requests[-1].body) == "You are a helpful assistant."
+    assert (
+        provider.requests[-1].format.instructions(provider.requests[-1].body)
+        == "You are a helpful assistant."
+    )
 
 
 def test_a_long_conversation_keeps_its_newest_part(servers, provider):
@@ -68,7 +96,11 @@ def test_a_long_conversation_keeps_its_newest_part(servers, provider):
     with ThreadPoolExecutor() as pool:
         list(pool.map(talk, PROVIDERS))
     for name in PROVIDERS:
-        (told,) = [told for told in (request.messages for request in provider.requests) if told[-1][1] == f"{name} 109"]
+        (told,) = [
+            told
+            for told in (request.messages for request in provider.requests)
+            if told[-1][1] == f"{name} 109"
+        ]
         assert told[-2] == ("assistant", f"You said: {name} 108")
         assert told[0] == ("user", f"{name} 60")
         assert len(told) == 99
@@ -76,9 +108,17 @@ def test_a_long_conversation_keeps_its_newest_part(servers, provider):
 
 def test_reasoning_becomes_a_workflow_with_one_id(chat, provider):
     events = turn(chat, provider, "think", [Thought("Hm"), Thought(", well"), Text("Yes.")])
-    assert [item["type"] for item in chat.items()] == ["user_message", "workflow", "assistant_message"]
+    assert [item["type"] for item in chat.items()] == [
+        "user_message",
+        "workflow",
+        "assistant_message",
+    ]
     (workflow,) = done(events, "workflow")
-    added = [event.item.id for event in events if event.type == "thread.item.added" and event.item.type == "workflow"]
+    added = [
+        event.item.id
+        for event in events
+        if event.type == "thread.item.added" and event.item.type == "workflow"
+    ]
     assert added == [workflow.id] == [chat.items()[1]["id"]]
     assert workflow.workflow.tasks[0].content == "Hm, well"
     updated = {event.item_id for event in events if event.type == "thread.item.updated"}
@@ -90,7 +130,14 @@ def test_widgets_tasks_and_hidden_notes_keep_their_ids_and_reach_the_model(custo
     kinds = ["user_message", "widget", "task", "workflow", "assistant_message"]
     assert [item["type"] for item in custom_chat.items()] == kinds
     assert [item["type"] for item in custom_chat.debug()] == [
-        *["UserMessageItem", "WidgetItem", "TaskItem", "HiddenContextItem", "WorkflowItem", "AssistantMessageItem"]
+        *[
+            "UserMessageItem",
+            "WidgetItem",
+            "TaskItem",
+            "HiddenContextItem",
+            "WorkflowItem",
+            "AssistantMessageItem",
+        ]
     ]
     for kind in ("widget", "task", "workflow"):
         assert done(events, kind)[0].id == custom_chat.items()[kinds.index(kind)]["id"]
@@ -104,8 +151,18 @@ def test_widgets_tasks_and_hidden_notes_keep_their_ids_and_reach_the_model(custo
 
 
 def test_a_client_tool_call_is_answered_and_the_model_goes_on(custom_chat, provider):
-    turn(custom_chat, provider, "a colour", [ToolCall("pick_colour", {"hint": "warm"})], [Text("Red it is.")])
-    events = list(custom_chat.stream("threads.add_client_tool_output", thread_id=custom_chat.thread_id, result={"c": "red"}))
+    turn(
+        custom_chat,
+        provider,
+        "a colour",
+        [ToolCall("pick_colour", {"hint": "warm"})],
+        [Text("Red it is.")],
+    )
+    events = list(
+        custom_chat.stream(
+            "threads.add_client_tool_output", thread_id=custom_chat.thread_id, result={"c": "red"}
+        )
+    )
     assert [text_of(item) for item in done(events)] == ["Red it is."]
     call = custom_chat.items()[1]
     assert (call["status"], call["output"]) == ("completed", {"c": "red"})
@@ -116,7 +173,9 @@ def test_a_client_tool_call_is_answered_and_the_model_goes_on(custom_chat, provi
 def test_retry_answers_the_same_message_again(chat, provider):
     turn(chat, provider, "try", [Text("first")], [Text("second")])
     asked, answered = chat.items()
-    events = list(chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]))
+    events = list(
+        chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"])
+    )
     assert [text_of(item) for item in done(events)] == ["second"]
     assert [text_of(item) for item in chat.items()] == ["try", "second"]
     assert chat.items()[1]["id"] not in (asked["id"], answered["id"])
@@ -139,7 +198,11 @@ def test_a_guardrail_takes_back_every_message_of_the_turn(custom_chat, provider)
     custom_chat.say("hello")
     before = custom_chat.items()
     events = turn(
-        custom_chat, provider, "tell me", [Text("Let me see. "), ToolCall("clock")], [Text("the forbidden word")]
+        custom_chat,
+        provider,
+        "tell me",
+        [Text("Let me see. "), ToolCall("clock")],
+        [Text("the forbidden word")],
     )
     shown = {event.item.id for event in events if event.type == "thread.item.added"}
     removed = {event.item_id for event in events if event.type == "thread.item.removed"}

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from agents import ModelSettings, ModelTracing
+
 from client import ROOT, Chat, done, error_of, say_at_once, text_of
 from conftest import PROVIDERS
 from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, Thought, ToolCall
@@ -58,7 +59,9 @@ def test_fault(chat, server, provider, provider_name, fault):
 
     asked, *replies = chat.items()[len(before) :]
     assert text_of(asked) == "please"
-    assert [text_of(item) for item in replies if item["type"] == "assistant_message"] == [kept] * bool(kept)
+    assert [text_of(item) for item in replies if item["type"] == "assistant_message"] == [
+        kept
+    ] * bool(kept)
     shown = [event.item.id for event in events if event.type == "thread.item.added"]
     assert [item["id"] for item in replies] == shown
 
@@ -74,7 +77,9 @@ def test_silence(servers, provider):
     """Before the first token and between two: the connection is closed, the text stays. All providers at once."""
     silences = {"at once": ([Silence()], ""), "later": ([*PARTIAL, Silence()], "The first half")}
     provider.script.update({text: [steps] for text, (steps, _) in silences.items()})
-    chats = [(Chat(servers(f"customised_{name}").url), text) for name in PROVIDERS for text in silences]
+    chats = [
+        (Chat(servers(f"customised_{name}").url), text) for name in PROVIDERS for text in silences
+    ]
     with ThreadPoolExecutor(len(chats)) as pool:
         streams = list(pool.map(lambda pair: pair[0].say(pair[1]), chats))
     for (chat, text), events in zip(chats, streams):
@@ -104,7 +109,9 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name):
 
     monkeypatch.setattr(main, "MODEL_TIMEOUT", 0.5)
     listener = socket.create_server(("127.0.0.1", 0))
-    while "403" in str(listener.getsockname()):  # anywhere in an error of Gemini's, LiteLLM takes it for the status
+    while "403" in str(
+        listener.getsockname()
+    ):  # anywhere in an error of Gemini's, LiteLLM takes it for the status
         listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

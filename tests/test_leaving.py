@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from agents import ModelSettings, ModelTracing, function_tool
-from client import NO_TLS, Chat, done, memory, message, text_of, until
 from openai.types.responses import Response
+
+from client import NO_TLS, Chat, done, memory, message, text_of, until
 from provider import Pause, Silence, Text, Thought, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +52,9 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             # The note of the cancellation is what is stored last.
             await until(lambda: reader.debug()[-1]["type"] == "SDKHiddenContextItem")
             assert all(request.closed.wait(1) for request in provider.requests), place
-            stored = [text_of(item) for item in reader.items() if item["type"] == "assistant_message"]
+            stored = [
+                text_of(item) for item in reader.items() if item["type"] == "assistant_message"
+            ]
             assert "".join(stored).startswith(shown(events)), place
             assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
 
@@ -73,10 +76,14 @@ async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
     server = main.ChatKitServerImpl(Broken())
     server.agent.tools.append(wait)
     server.agent.model_settings = ModelSettings()
-    server.agent.model = main.ProviderModel(model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key")
+    server.agent.model = main.ProviderModel(
+        model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key"
+    )
     request = {"type": "threads.create", "params": {"input": message("go")}}
     log = []
-    monkeypatch.setattr(main, "logger", SimpleNamespace(info=lambda line, *values: log.append(line % values)))
+    monkeypatch.setattr(
+        main, "logger", SimpleNamespace(info=lambda line, *values: log.append(line % values))
+    )
     before = asyncio.all_tasks()
     gc.disable()
     try:
@@ -112,7 +119,14 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
 
     async def read() -> None:
         async for _ in main.ProviderModel(model="openai/x").stream_response(
-            None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
+            None,
+            "go",
+            ModelSettings(),
+            [],
+            None,
+            [],
+            ModelTracing.DISABLED,
+            previous_response_id=None,
         ):
             pass
 
@@ -133,10 +147,14 @@ async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
     """No token comes, so nothing is sent: the server must notice nevertheless that the client left."""
     provider.script["quiet"] = [[Silence()]]
     with server.no_new(*COMPLAINTS):
-        leave_after(chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5))
+        leave_after(
+            chat, "quiet", lambda event: event.type == "stream_options" and provider.asked.wait(5)
+        )
         (request,) = provider.requests
         assert request.closed.wait(1) and not request.complete
-        assert [text_of(item) for item in done(Chat(server.url, thread_id=chat.thread_id).say("on"))] == ["You said: on"]
+        assert [
+            text_of(item) for item in done(Chat(server.url, thread_id=chat.thread_id).say("on"))
+        ] == ["You said: on"]
 
 
 async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
@@ -184,11 +202,15 @@ async def test_two_hundred_chats_at_once(servers, provider):
     server = servers("gemini")
     texts = [f"chat number {number} of many" for number in range(200)]
     for text in texts:
-        provider.script[text] = [[Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]]
+        provider.script[text] = [
+            [Text("You "), Pause(0.5), *(Text(part) for part in ("said: ", text))]
+        ]
     start = len(server.log)
     with server.no_new(*COMPLAINTS):
         replies = await many(server.url, texts)
-    unusual = [line for line in server.log[start:] if "end=done" not in line and "200 OK" not in line]
+    unusual = [
+        line for line in server.log[start:] if "end=done" not in line and "200 OK" not in line
+    ]
     assert replies == [f"You said: {text}" for text in texts], unusual
 
 

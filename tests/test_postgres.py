@@ -9,7 +9,19 @@ from collections import Counter
 import httpx
 import pytest
 from chatkit.types import AssistantMessageItem
-from client import NO_TLS, SUPPORT, Chat, Server, done, error_of, message, say_at_once, text_of, until
+
+from client import (
+    NO_TLS,
+    SUPPORT,
+    Chat,
+    Server,
+    done,
+    error_of,
+    message,
+    say_at_once,
+    text_of,
+    until,
+)
 from postgres_store import PostgresStore
 from provider import Silence, Text, ToolCall
 from test_leaving import many
@@ -29,7 +41,9 @@ def server(provider, url, tmp_path_factory):
     """Two workers, each with fewer connections than it has chats."""
     settings = {"PROVIDER": "openai", "DATABASE_URL": url, "POOL_SIZE": "4", "POOL_TIMEOUT": "5"}
     environment = {**provider.environment(), **settings}
-    server = Server(tmp_path_factory.mktemp("postgres"), environment, SUPPORT / "customised.py", workers=2).started()
+    server = Server(
+        tmp_path_factory.mktemp("postgres"), environment, SUPPORT / "customised.py", workers=2
+    ).started()
     yield server
     assert server.stop() == 0
 
@@ -63,7 +77,9 @@ class Locked:
         """Return when somebody waits for the row."""
         with self.database.connect() as connection:
             waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
-            await until(lambda: connection.execute(waiting, [self.connection.info.backend_pid]).fetchone())
+            await until(
+                lambda: connection.execute(waiting, [self.connection.info.backend_pid]).fetchone()
+            )
 
     def release(self) -> None:
         self.connection.close()
@@ -75,7 +91,9 @@ class Locked:
 async def test_workers_that_start_at_once_make_one_schema(database):
     url = database.schema()
     stores = [PostgresStore(url) for _ in range(8)]
-    await asyncio.gather(*(store.save_thread(thread(f"thr_{number}"), {}) for number, store in enumerate(stores)))
+    await asyncio.gather(
+        *(store.save_thread(thread(f"thr_{number}"), {}) for number, store in enumerate(stores))
+    )
     assert len((await stores[0].load_threads(100, None, "asc", {})).data) == 8
     await asyncio.gather(*(store.close() for store in stores))
 
@@ -94,7 +112,9 @@ async def test_workers_that_add_at_once_agree_on_the_order(database):
 
     async def read() -> None:
         while len(seen) < 8 * 150:
-            page = await stores[2].load_thread_items("thr_1", seen[-1] if seen else None, 50, "asc", {})
+            page = await stores[2].load_thread_items(
+                "thr_1", seen[-1] if seen else None, 50, "asc", {}
+            )
             seen.extend(row.id for row in page.data)
 
     seen: list[str] = []
@@ -115,7 +135,9 @@ async def test_deleting_a_thread_deletes_its_items(database):
     url = database.schema()
     store = PostgresStore(url)
     await store.save_thread(thread("thr_1"), {})
-    await store.add_thread_item("thr_1", AssistantMessageItem(id="m", thread_id="thr_1", created_at=NOW, content=[]), {})
+    await store.add_thread_item(
+        "thr_1", AssistantMessageItem(id="m", thread_id="thr_1", created_at=NOW, content=[]), {}
+    )
     await store.delete_thread("thr_1", {})
     with database.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM chatkit_items").fetchone() == (0,)
@@ -130,7 +152,11 @@ def test_a_chat_goes_on_with_another_worker(server, provider, chat):
     others = (Chat(server.url, thread_id=chat.thread_id) for _ in range(100))
     other = next(other for other in others if worker(other) != worker(chat))
     assert [text_of(item) for item in done(other.say("two"))] == ["You said: two"]
-    assert provider.requests[-1].messages == [("user", "one"), ("assistant", "You said: one"), ("user", "two")]
+    assert provider.requests[-1].messages == [
+        ("user", "one"),
+        ("assistant", "You said: one"),
+        ("user", "two"),
+    ]
     assert other.items() == chat.items()
 
 
@@ -150,7 +176,11 @@ def test_a_worker_is_killed(server, provider, chat):
     assert [item["id"] for item in other.items()[2:]] == [item.id for item in stored]
     assert [text_of(item) for item in done(other.say("and on"))] == ["You said: and on"]
     server.wait_for("Application startup complete", 3)
-    started = [int(line.split("[")[1].rstrip("]")) for line in server.log if "Started server process" in line]
+    started = [
+        int(line.split("[")[1].rstrip("]"))
+        for line in server.log
+        if "Started server process" in line
+    ]
     assert len(started) == 3 and killed in started[:2]
     assert {worker(Chat(server.url)) for _ in range(100)} == {*started} - {killed}
 
@@ -189,12 +219,16 @@ async def test_a_slow_database_keeps_only_those_who_need_it(server, database, ur
     slow.start()
     await lock.awaited()
     try:
-        fast = asyncio.to_thread(say_at_once, server.url, [f"fast {number}" for number in range(20)])
+        fast = asyncio.to_thread(
+            say_at_once, server.url, [f"fast {number}" for number in range(20)]
+        )
         replies = await asyncio.wait_for(fast, 20)
         assert not done(events)
     finally:
         lock.release()
-    assert [text_of(item) for text in replies for item in done(replies[text])] == [f"You said: {text}" for text in replies]
+    assert [text_of(item) for text in replies for item in done(replies[text])] == [
+        f"You said: {text}" for text in replies
+    ]
     assert len(replies) == 20
     await asyncio.to_thread(slow.join, 20)
     assert [text_of(item) for item in done(events)] == ["You said: slow"]
@@ -209,7 +243,10 @@ async def test_leaving_while_the_database_writes(server, provider, database, url
     provider.script["go"] = [[Text("one "), Text("two"), silence]]
     if written == "message":
         lock = Locked(database, url, chat.thread_id)
-        body = {"type": "threads.add_user_message", "params": {"thread_id": chat.thread_id, "input": message("go")}}
+        body = {
+            "type": "threads.add_user_message",
+            "params": {"thread_id": chat.thread_id, "input": message("go")},
+        }
         with httpx.stream("POST", f"{server.url}/chatkit", json=body, verify=NO_TLS):
             await lock.awaited()
     else:
@@ -240,7 +277,12 @@ async def test_the_database_restarts_between_two_messages(server, database, chat
     database.cluster.start()
     assert await many(server.url, texts) == [f"You said: {text}" for text in texts]
     assert [text_of(item) for item in done(chat.say("after"))] == ["You said: after"]
-    assert [text_of(item) for item in chat.items()] == ["before", "You said: before", "after", "You said: after"]
+    assert [text_of(item) for item in chat.items()] == [
+        "before",
+        "You said: before",
+        "after",
+        "You said: after",
+    ]
 
 
 async def test_the_database_stops_while_chats_run(server, database, provider):
@@ -252,12 +294,16 @@ async def test_the_database_stops_while_chats_run(server, database, provider):
     chats = [Chat(server.url) for _ in range(6)]
     events = [[] for _ in chats]
     threads = [
-        threading.Thread(target=lambda chat=chat, seen=seen: [seen.append(event) for event in chat.start("go")])
+        threading.Thread(
+            target=lambda chat=chat, seen=seen: [seen.append(event) for event in chat.start("go")]
+        )
         for chat, seen in zip(chats, events)
     ]
     for running in threads:
         running.start()
-    await until(lambda: all('"one "' in str([event.model_dump_json() for event in seen]) for seen in events))
+    await until(
+        lambda: all('"one "' in str([event.model_dump_json() for event in seen]) for seen in events)
+    )
     database.cluster.stop()
     silence.end.set()
     for running in threads:
@@ -270,6 +316,8 @@ async def test_the_database_stops_while_chats_run(server, database, provider):
     for chat in chats:
         (asked,) = chat.items()
         assert text_of(asked) == "go"
-        retried = list(chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]))
+        retried = list(
+            chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"])
+        )
         assert [text_of(item) for item in done(retried)] == ["three"]
         assert [text_of(item) for item in chat.items()] == ["go", "three"]

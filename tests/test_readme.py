@@ -7,6 +7,7 @@ import shlex
 import tokenize
 
 import httpx
+
 from client import EVENT, NO_TLS, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -15,7 +16,10 @@ README = (ROOT / "README.md").read_text()
 def shape(value):
     """A JSON value with its texts, ids and times left out."""
     if isinstance(value, dict):
-        return {name: value[name] if name in ("type", "allow_cancel") else shape(value[name]) for name in value}
+        return {
+            name: value[name] if name in ("type", "allow_cancel") else shape(value[name])
+            for name in value
+        }
     return [shape(part) for part in value] if isinstance(value, list) else type(value).__name__
 
 
@@ -23,7 +27,9 @@ def test_the_curl_answers_as_shown(servers):
     server = servers("env_file")
     command, output = re.search(r"\$ (curl .*?)\n(.*?)```", README, re.S).groups()
     words = shlex.split(command)
-    url = next(word for word in words if word.startswith("localhost:8000")).replace("localhost:8000", server.url)
+    url = next(word for word in words if word.startswith("localhost:8000")).replace(
+        "localhost:8000", server.url
+    )
     response = httpx.post(url, verify=NO_TLS, content=words[words.index("-d") + 1])
     assert response.status_code == 200
     answered = [json.loads(line[6:]) for line in response.text.splitlines() if line]

@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+
 from client import NO_TLS, Chat, done, memory, message, text_of
 from provider import Failure, ToolCall
 
@@ -59,7 +60,10 @@ DEEP = b'{"type": "threads.list", "params": {"after": ' + b"[" * 200_000
         (b'{"type": "threads.list", "params": {"limit": "many"}}', "limit"),
         (b'{"type": "threads.list", "params": {"limit": -1}}', "limit must be at least 1"),
         (b'{"type": "threads.list", "params": {"order": "random"}}', "order"),
-        (json.dumps({"type": "threads.create", "params": {"input": message(" ")}}).encode(), "empty"),
+        (
+            json.dumps({"type": "threads.create", "params": {"input": message(" ")}}).encode(),
+            "empty",
+        ),
     ],
     ids=lambda value: value[:40].decode(errors="replace") if isinstance(value, bytes) else "",
 )
@@ -79,7 +83,10 @@ def test_not_a_request(server, body, says):
         ("items.feedback", {"thread_id": "thr_x", "item_ids": [], "kind": "positive"}),
         ("items.feedback", {"thread_id": "THREAD", "item_ids": ["msg_x"], "kind": "positive"}),
         ("threads.add_user_message", {"thread_id": "thr_x", "input": message("hi")}),
-        ("threads.add_user_message", {"thread_id": "THREAD", "input": message("hi", attachments=["atc_x"])}),
+        (
+            "threads.add_user_message",
+            {"thread_id": "THREAD", "input": message("hi", attachments=["atc_x"])},
+        ),
         ("threads.create", {"input": message("hi", attachments=["atc_x"])}),
         ("threads.add_client_tool_output", {"thread_id": "thr_x", "result": 1}),
         ("threads.retry_after_item", {"thread_id": "thr_x", "item_id": "msg_x"}),
@@ -89,7 +96,9 @@ def test_not_a_request(server, body, says):
 def test_nothing_by_that_id(server, type, params):
     chat = Chat(server.url)
     chat.say("hello")
-    params = {name: chat.thread_id if value == "THREAD" else value for name, value in params.items()}
+    params = {
+        name: chat.thread_id if value == "THREAD" else value for name, value in params.items()
+    }
     missing = next(value for value in ("thr_x", "msg_x", "atc_x") if value in json.dumps(params))
     refused(server, 404, f"{missing} not found", json={"type": type, "params": params})
 
@@ -97,15 +106,43 @@ def test_nothing_by_that_id(server, type, params):
 @pytest.mark.parametrize(
     ("type", "params", "says"),
     [
-        ("attachments.create", {"name": "a", "size": 1, "mime_type": "text/plain"}, "Attachments are not configured"),
+        (
+            "attachments.create",
+            {"name": "a", "size": 1, "mime_type": "text/plain"},
+            "Attachments are not configured",
+        ),
         ("attachments.delete", {"attachment_id": "atc_x"}, "Attachments are not configured"),
-        ("threads.add_client_tool_output", {"thread_id": "THREAD", "result": 1}, "No client tool call is pending"),
-        ("threads.custom_action", {"thread_id": "THREAD", "action": {"type": "a", "payload": 1}}, "not supported"),
-        ("threads.retry_after_item", {"thread_id": "THREAD", "item_id": "REPLY"}, "not a user_message"),
+        (
+            "threads.add_client_tool_output",
+            {"thread_id": "THREAD", "result": 1},
+            "No client tool call is pending",
+        ),
+        (
+            "threads.custom_action",
+            {"thread_id": "THREAD", "action": {"type": "a", "payload": 1}},
+            "not supported",
+        ),
+        (
+            "threads.retry_after_item",
+            {"thread_id": "THREAD", "item_id": "REPLY"},
+            "not a user_message",
+        ),
         # chatkit 1.5 and 1.6 know these, 1.4 does not.
-        ("input.transcribe", {"audio_base64": "AAAA", "mime_type": "audio/webm"}, "input.transcribe"),
-        ("threads.sync_custom_action", {"thread_id": "THREAD", "action": {"type": "a"}}, "threads.sync_custom_action"),
-        ("threads.add_structured_input", {"thread_id": "THREAD", "item_id": "REPLY", "input": {}}, "structured_input"),
+        (
+            "input.transcribe",
+            {"audio_base64": "AAAA", "mime_type": "audio/webm"},
+            "input.transcribe",
+        ),
+        (
+            "threads.sync_custom_action",
+            {"thread_id": "THREAD", "action": {"type": "a"}},
+            "threads.sync_custom_action",
+        ),
+        (
+            "threads.add_structured_input",
+            {"thread_id": "THREAD", "item_id": "REPLY", "input": {}},
+            "structured_input",
+        ),
     ],
 )
 def test_not_possible_here(server, type, params, says):
@@ -121,21 +158,34 @@ def test_a_second_output_for_a_client_tool_call(customised, provider):
     provider.script["colour"] = [[ToolCall("pick_colour", {"hint": "warm"})], []]
     chat.say("colour")
     list(chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result="red"))
-    again = {"type": "threads.add_client_tool_output", "params": {"thread_id": chat.thread_id, "result": "blue"}}
+    again = {
+        "type": "threads.add_client_tool_output",
+        "params": {"thread_id": chat.thread_id, "result": "blue"},
+    }
     refused(customised, 400, "No client tool call is pending", json=again)
     assert chat.items()[1]["output"] == "red"
 
 
 def test_too_long(server):
-    body = json.dumps({"type": "threads.create", "params": {"input": message("x" * 4 * 1024 * 1024)}}).encode()
+    body = json.dumps(
+        {"type": "threads.create", "params": {"input": message("x" * 4 * 1024 * 1024)}}
+    ).encode()
     refused(server, 413, "4194304 bytes", content=body)
-    refused(server, 413, "4194304 bytes", content=(body[at : at + 65536] for at in range(0, len(body), 65536)))
+    refused(
+        server,
+        413,
+        "4194304 bytes",
+        content=(body[at : at + 65536] for at in range(0, len(body), 65536)),
+    )
 
 
 def test_a_body_that_is_too_long_is_not_held_in_memory(server):
     before = memory(server)
     chunks = (b" " * 65536 for _ in range(2048))  # 128 MiB
-    assert httpx.post(f"{server.url}/chatkit", verify=NO_TLS, content=chunks, timeout=60).status_code == 413
+    assert (
+        httpx.post(f"{server.url}/chatkit", verify=NO_TLS, content=chunks, timeout=60).status_code
+        == 413
+    )
     assert memory(server) - before < 32 * 1024
 
 
@@ -154,7 +204,9 @@ def test_paging_always_ends(server, provider):
     for limit in (0, 1, 2, 1000, 10**30):
         seen, after = [], None
         while True:
-            page = chat.get("items.list", thread_id=chat.thread_id, limit=limit, order="asc", after=after)
+            page = chat.get(
+                "items.list", thread_id=chat.thread_id, limit=limit, order="asc", after=after
+            )
             seen += [item["id"] for item in page["data"]]
             after = page.get("after")
             if not page["has_more"]:
@@ -171,14 +223,33 @@ def test_a_long_message_is_fine(server):
 
 def mutated(body, chance: random.Random):
     """The JSON value with something in it changed, removed, added or replaced."""
-    strange = [None, True, 0, -1, 10**400, 1.5, "", "\x00", "thr_x", "ü" * 50, [], {}, [[[]]], {"type": "x"}, "a" * 10_000]
+    strange = [
+        None,
+        True,
+        0,
+        -1,
+        10**400,
+        1.5,
+        "",
+        "\x00",
+        "thr_x",
+        "ü" * 50,
+        [],
+        {},
+        [[[]]],
+        {"type": "x"},
+        "a" * 10_000,
+    ]
     if isinstance(body, dict) and body and chance.random() < 0.8:
         name = chance.choice(list(body))
         match chance.randrange(4):
             case 0:
                 return {key: value for key, value in body.items() if key != name}
             case 1:
-                return {**body, chance.choice(["x", "thread_id", "after", "limit"]): chance.choice(strange)}
+                return {
+                    **body,
+                    chance.choice(["x", "thread_id", "after", "limit"]): chance.choice(strange),
+                }
             case _:
                 return {**body, name: mutated(body[name], chance)}
     if isinstance(body, list) and body and chance.random() < 0.7:
@@ -205,7 +276,10 @@ def test_fuzz(server):
         {"type": "threads.update", "params": {**thread, "title": "t"}},
         {"type": "items.list", "params": {**thread, "limit": 2, "order": "desc", "after": reply}},
         {"type": "items.feedback", "params": {**thread, "item_ids": [reply], "kind": "positive"}},
-        {"type": "attachments.create", "params": {"name": "a", "size": 1, "mime_type": "text/plain"}},
+        {
+            "type": "attachments.create",
+            "params": {"name": "a", "size": 1, "mime_type": "text/plain"},
+        },
         {"type": "attachments.delete", "params": {"attachment_id": "atc_x"}},
     ]
     counts: dict[int, int] = {}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from client import NO_TLS, ROOT, Chat, Server, done, error_of, load_main, text_of
 
+from client import NO_TLS, ROOT, Chat, Server, done, error_of, load_main, text_of
 
 UNUSABLE = [
     ({"PROVIDER": "gemni"}, "PROVIDER='gemni' is none of gemini, openai, anthropic, mock."),
@@ -20,7 +20,10 @@ UNUSABLE = [
     ({"PORT": "0"}, "PORT='0': Input should be greater than 0."),
     ({"MODEL_TIMEOUT": "-1"}, "MODEL_TIMEOUT='-1': Input should be greater than 0."),
     ({"MODEL_TIMEOUT": "nan"}, "MODEL_TIMEOUT='nan': Input should be greater than 0."),
-    ({"CHATKIT_TOKENS": "alice"}, "CHATKIT_TOKENS is not of the form user:token,user:token, each token once."),
+    (
+        {"CHATKIT_TOKENS": "alice"},
+        "CHATKIT_TOKENS is not of the form user:token,user:token, each token once.",
+    ),
     ({"CHATKIT_TOKENS": "alice:a,bob:a"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,bob:"}, "CHATKIT_TOKENS"),
@@ -61,8 +64,16 @@ def test_without_a_key_the_provider_is_never_called(bare, provider):
 def test_the_log_of_a_start(bare):
     log = "\n".join(bare.log)
     assert bare.log.count("INFO:     PROVIDER=gemini, model gemini/gemini-flash-latest") == 1
-    assert log.count("GEMINI_API_KEY is not set") == log.count("WARNING:  GEMINI_API_KEY is not set") == 1
-    assert log.count("anyone who can reach this port can read every thread") == log.count("WARNING:  CHATKIT_T") == 1
+    assert (
+        log.count("GEMINI_API_KEY is not set")
+        == log.count("WARNING:  GEMINI_API_KEY is not set")
+        == 1
+    )
+    assert (
+        log.count("anyone who can reach this port can read every thread")
+        == log.count("WARNING:  CHATKIT_T")
+        == 1
+    )
     assert log.count("Started server process") == 1
     for noise in ("Traceback", "OUTSIDE", "Give Feedback", "Provider List", "tracing"):
         assert noise not in log
@@ -82,7 +93,9 @@ def test_mock_needs_neither_key_nor_network(servers, provider):
 def test_the_environment_wins_over_the_env_file(servers):
     """.env says PORT=1."""
     server = servers("env_file")
-    assert server.port != 1 and httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
+    assert server.port != 1 and httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {
+        "status": "ok"
+    }
 
 
 @pytest.mark.parametrize("model", ["gpt-4o-mini", "openai/gpt-4o-mini"])
@@ -112,7 +125,10 @@ def test_readme_example_and_code_name_the_same_settings():
     code = (ROOT / "backend" / "main.py").read_text()
     from_code = names_and_defaults(code, r'setting\("([A-Z_]+)", "([^"]*)"')
     keys = dict.fromkeys(("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"), "")
-    assert names_and_defaults((ROOT / ".env.example").read_text(), r"^([A-Z_]+)=(.*)$") == from_code | keys
+    assert (
+        names_and_defaults((ROOT / ".env.example").read_text(), r"^([A-Z_]+)=(.*)$")
+        == from_code | keys
+    )
     readme = (ROOT / "README.md").read_text()
     assert names_and_defaults(readme, r"^\| `([A-Z_]+)` \| (?:`([^`]*)`)? *\|") == from_code | keys
     for name in from_code | keys:
@@ -122,12 +138,17 @@ def test_readme_example_and_code_name_the_same_settings():
 def requirement_lines(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().split()
     assert all("==" in line for line in lines), name
-    return {line.split("==")[0].split("[")[0].lower().replace("_", "-"): line.split("==")[1] for line in lines}
+    return {
+        line.split("==")[0].split("[")[0].lower().replace("_", "-"): line.split("==")[1]
+        for line in lines
+    }
 
 
 def test_requirements_and_constraints_agree():
     constraints = requirement_lines("backend/constraints.txt")
-    wanted = requirement_lines("backend/requirements.txt") | requirement_lines("tests/requirements.txt")
+    wanted = requirement_lines("backend/requirements.txt") | requirement_lines(
+        "tests/requirements.txt"
+    )
     assert wanted.items() <= constraints.items()
     assert constraints.keys() >= {"openai", "pydantic", "starlette", "anyio"}
 
@@ -136,18 +157,34 @@ def test_the_file_carries_its_requirements():
     """As inline script metadata, https://peps.python.org/pep-0723/, for the Pythons that the Makefile names."""
     code = (ROOT / "backend" / "main.py").read_text()
     block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", code)[1]
-    assert re.findall(r'^#     "(.+)",$', block, re.M) == (ROOT / "backend" / "requirements.txt").read_text().split()
-    newest, *_, oldest = re.search(r"^PYTHONS := (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert (
+        re.findall(r'^#     "(.+)",$', block, re.M)
+        == (ROOT / "backend" / "requirements.txt").read_text().split()
+    )
+    newest, *_, oldest = re.search(r"^PYTHONS := (.+)$", (ROOT / "Makefile").read_text(), re.M)[
+        1
+    ].split()
     major, minor = newest.split(".")
     assert f'requires-python = ">={oldest},<{major}.{int(minor) + 1}"' in block
 
 
 def test_the_requirements_satisfy_the_template():
     wanted = requirement_lines("backend/requirements.txt")
-    assert (wanted["fastapi"], wanted["uvicorn"], wanted["python-dotenv"]) == ("0.115.6", "0.32.1", "1.0.1")
+    assert (wanted["fastapi"], wanted["uvicorn"], wanted["python-dotenv"]) == (
+        "0.115.6",
+        "0.32.1",
+        "1.0.1",
+    )
     numbers = {name: tuple(map(int, number.split("."))) for name, number in wanted.items()}
     assert numbers["openai-chatkit"] <= (1, 4, 0) and numbers["openai-agents"] >= (0, 6, 2)
-    assert set(wanted) == {"fastapi", "uvicorn", "openai-chatkit", "openai-agents", "litellm", "python-dotenv"}
+    assert set(wanted) == {
+        "fastapi",
+        "uvicorn",
+        "openai-chatkit",
+        "openai-agents",
+        "litellm",
+        "python-dotenv",
+    }
 
 
 # ---- The template's five boxes --------------------------------------------------
@@ -196,8 +233,17 @@ def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
         script = f"""[ "$1" = --version ] && echo Python {version} || exec {sys.executable} -c '{lie}' "$2" """
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
-    command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory", *arguments]
-    return subprocess.run(command, env={"PATH": str(folder)}, stdout=-1, stderr=subprocess.STDOUT, text=True).stdout
+    command = [
+        shutil.which("make"),
+        "-C",
+        str(ROOT),
+        "--always-make",
+        "--no-print-directory",
+        *arguments,
+    ]
+    return subprocess.run(
+        command, env={"PATH": str(folder)}, stdout=-1, stderr=subprocess.STDOUT, text=True
+    ).stdout
 
 
 @pytest.mark.parametrize(
@@ -212,24 +258,35 @@ def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
 def test_make_finds_a_python(tmp_path, pythons, chosen):
     assert f"\n{chosen} -m venv backend/.venv\n" in make_on(tmp_path, pythons, "--dry-run", "venv")
     pythons = {**pythons, "python3.11": "3.11.7"}
-    assert "\npython3.11 -m venv" in make_on(tmp_path, pythons, "--dry-run", "venv", "PYTHON=python3.11")
+    assert "\npython3.11 -m venv" in make_on(
+        tmp_path, pythons, "--dry-run", "venv", "PYTHON=python3.11"
+    )
 
 
 @pytest.mark.parametrize(
     ("pythons", "arguments", "says"),
     [
         ({"python3": "3.9.18", "python3.9": "3.9.18"}, [], "python3 is Python 3.9.18"),
-        ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"], "python3.9 is Python 3.9.18"),
+        (
+            {"python3": "3.12.1", "python3.9": "3.9.18"},
+            ["PYTHON=python3.9"],
+            "python3.9 is Python 3.9.18",
+        ),
         ({}, [], "python3 is missing"),
     ],
 )
 def test_make_finds_no_python(tmp_path, pythons, arguments, says):
     (line,) = make_on(tmp_path, pythons, "venv", f"VENV={tmp_path}/venv", *arguments).splitlines()
-    assert f"{says}, supported are Python 3.14 3.13 3.12 3.11 3.10: make PYTHON=" in line and "uv run" in line
+    assert (
+        f"{says}, supported are Python 3.14 3.13 3.12 3.11 3.10: make PYTHON=" in line
+        and "uv run" in line
+    )
 
 
 def test_make_help_lists_the_targets():
     output = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
-    targets = "venv run test test-postgres test-latest lint bench bench-postgres lock check-lock clean"
+    targets = (
+        "venv run test test-postgres test-latest lint bench bench-postgres lock check-lock clean"
+    )
     for target in targets.split():
         assert re.search(rf"^{target}\b", output, re.M), output

@@ -25,8 +25,8 @@ from chatkit.types import (
     Page,
     SDKHiddenContextItem,
     TaskItem,
-    Thread,
     ThoughtTask,
+    Thread,
     ThreadMetadata,
     URLSource,
     UserMessageItem,
@@ -37,6 +37,7 @@ from chatkit.types import (
     WorkflowItem,
 )
 from chatkit.widgets import Card, Text
+
 from sqlite_store import SQLiteStore
 
 pytestmark = pytest.mark.anyio
@@ -72,7 +73,9 @@ def thread(id: str, **more) -> ThreadMetadata:
     return ThreadMetadata(id=id, created_at=NOW, **more)
 
 
-def item(id: str, text: str = "hello", thread_id: str = "thr_1", created_at: datetime = NOW) -> AssistantMessageItem:
+def item(
+    id: str, text: str = "hello", thread_id: str = "thr_1", created_at: datetime = NOW
+) -> AssistantMessageItem:
     content = [AssistantMessageContent(text=text)]
     return AssistantMessageItem(id=id, thread_id=thread_id, created_at=created_at, content=content)
 
@@ -85,7 +88,9 @@ async def filled(store, count: int, context: dict = {}):
 
 
 async def items(store, order: str = "asc", limit: int = 1000, context: dict = {}) -> list[str]:
-    return [row.id for row in (await store.load_thread_items("thr_1", None, limit, order, context)).data]
+    return [
+        row.id for row in (await store.load_thread_items("thr_1", None, limit, order, context)).data
+    ]
 
 
 async def test_a_thread_comes_back_as_it_was_saved(store):
@@ -99,12 +104,18 @@ async def test_saving_again_replaces_the_thread_where_it_stands(store):
         await store.save_thread(thread(f"thr_{number}"), {})
     await store.save_thread(thread("thr_1", title="new"), {})
     page = await store.load_threads(10, None, "asc", {})
-    assert [(row.id, row.title) for row in page.data] == [("thr_0", None), ("thr_1", "new"), ("thr_2", None)]
+    assert [(row.id, row.title) for row in page.data] == [
+        ("thr_0", None),
+        ("thr_1", "new"),
+        ("thr_2", None),
+    ]
 
 
 async def test_a_whole_thread_is_saved_without_its_items(store):
     """chatkit's own save_thread calls hand over a Thread, items and all."""
-    await store.save_thread(Thread(id="thr_1", created_at=NOW, items=Page(data=[item("msg_x")])), {})
+    await store.save_thread(
+        Thread(id="thr_1", created_at=NOW, items=Page(data=[item("msg_x")])), {}
+    )
     loaded = await store.load_thread("thr_1", {})
     assert type(loaded) is ThreadMetadata and loaded == thread("thr_1")
     assert await items(store) == []
@@ -127,14 +138,24 @@ async def test_every_kind_of_item_comes_back_as_it_was_added(store):
             id="2",
             content=[
                 AssistantMessageContent(
-                    text="see", annotations=[Annotation(source=URLSource(url="http://x", title="x"), index=1)]
+                    text="see",
+                    annotations=[Annotation(source=URLSource(url="http://x", title="x"), index=1)],
                 )
             ],
             **base,
         ),
-        ClientToolCallItem(id="3", call_id="c", name="n", arguments={"a": 1}, output=[1, {"b": None}], **base),
-        WidgetItem(id="4", widget=Card(children=[Text(id="t", value="v", streaming=False)]), copy_text="c", **base),
-        WorkflowItem(id="5", workflow=Workflow(type="reasoning", tasks=[ThoughtTask(content="hm")]), **base),
+        ClientToolCallItem(
+            id="3", call_id="c", name="n", arguments={"a": 1}, output=[1, {"b": None}], **base
+        ),
+        WidgetItem(
+            id="4",
+            widget=Card(children=[Text(id="t", value="v", streaming=False)]),
+            copy_text="c",
+            **base,
+        ),
+        WorkflowItem(
+            id="5", workflow=Workflow(type="reasoning", tasks=[ThoughtTask(content="hm")]), **base
+        ),
         TaskItem(id="6", task=CustomTask(title="t", content="c"), **base),
         HiddenContextItem(id="7", content={"any": ["thing", 1, None]}, **base),
         SDKHiddenContextItem(id="8", content="hidden", **base),
@@ -150,14 +171,21 @@ async def test_every_kind_of_item_comes_back_as_it_was_added(store):
 
 @pytest.mark.parametrize(
     "text",
-    ["NUL \0 and \\u0000", "\ufffe0 \ufffe1 \ufffe\0", "\\\0 \"'%s%(id)s\n\r\t\x7f", "😀 \u202eשלום\u202c e\u0301 \u2028"],
+    [
+        "NUL \0 and \\u0000",
+        "\ufffe0 \ufffe1 \ufffe\0",
+        "\\\0 \"'%s%(id)s\n\r\t\x7f",
+        "😀 \u202eשלום\u202c e\u0301 \u2028",
+    ],
     ids=["nul", "noncharacters", "quotes", "unicode"],
 )
 async def test_every_text_comes_back_as_it_was_added(store, text):
     await filled(store, 0)
     await store.save_thread(thread("thr_1", title=text, metadata={text: [text]}), {})
     await store.add_thread_item("thr_1", item("msg_1", text), {})
-    assert await store.load_thread("thr_1", {}) == thread("thr_1", title=text, metadata={text: [text]})
+    assert await store.load_thread("thr_1", {}) == thread(
+        "thr_1", title=text, metadata={text: [text]}
+    )
     assert (await store.load_item("thr_1", "msg_1", {})).content[0].text == text
 
 
@@ -328,7 +356,13 @@ async def test_each_user_sees_their_own_rows_only(store):
 
 async def test_ids_have_chatkits_prefixes_and_do_not_repeat(store):
     here = thread("thr_1")
-    prefixes = {"message": "msg_", "tool_call": "tc_", "workflow": "wf_", "task": "tsk_", "attachment": "atc_"}
+    prefixes = {
+        "message": "msg_",
+        "tool_call": "tc_",
+        "workflow": "wf_",
+        "task": "tsk_",
+        "attachment": "atc_",
+    }
     for kind, prefix in {**prefixes, "sdk_hidden_context": "shcx_"}.items():
         ids = {store.generate_item_id(kind, here, {}) for _ in range(100)}
         assert len(ids) == 100 and all(id.startswith(prefix) for id in ids)
@@ -357,5 +391,7 @@ async def test_a_thousand_steps_at_random(store):
                 start = chance.randrange(len(rows) + 1)
                 after = rows[start - 1][0] if start else None
                 page = await store.load_thread_items("thr_1", after, 7, order, {})
-                assert [(row.id, row.content[0].text) for row in page.data] == rows[start : start + 7]
+                assert [(row.id, row.content[0].text) for row in page.data] == rows[
+                    start : start + 7
+                ]
                 assert page.has_more == (start + 7 < len(rows))

@@ -5,6 +5,7 @@ import re
 import threading
 
 import pytest
+
 from client import Chat, deltas, done, message, processes, text_of, until
 from provider import Failure, Finish, Silence, Text, ToolCall
 
@@ -39,7 +40,9 @@ def again(chat: Chat) -> Chat:
 
 
 @pytest.mark.parametrize("streamed", ["nothing", "text", "text after a tool"])
-async def test_a_thread_is_deleted_while_its_reply_streams(custom_chat, customised, provider, streamed):
+async def test_a_thread_is_deleted_while_its_reply_streams(
+    custom_chat, customised, provider, streamed
+):
     """The stream ends with one error event, the provider's connection is closed, and nothing is stored."""
     provider.script["go"] = {
         "nothing": [[Silence()]],
@@ -49,7 +52,9 @@ async def test_a_thread_is_deleted_while_its_reply_streams(custom_chat, customis
     with customised.no_new(*COMPLAINTS):
         reading = Reading(custom_chat.start("go"))
         await reading.until("stream_options" if streamed == "nothing" else '"two "')
-        await until(lambda: len(provider.requests) == len(provider.script["go"]) or streamed != "nothing")
+        await until(
+            lambda: len(provider.requests) == len(provider.script["go"]) or streamed != "nothing"
+        )
         again(custom_chat).get("threads.delete", thread_id=custom_chat.thread_id)
         for request in provider.requests:
             assert await asyncio.to_thread(request.closed.wait, 1)
@@ -99,9 +104,16 @@ async def test_two_messages_at_the_same_moment(servers, provider, where):
         replies += done(events)
         assert deltas(events, replies[-1].id) == text_of(replies[-1]) == "a reply, whole"
     items = chat.items()[2:]
-    assert sorted(text_of(item) for item in items) == ["a reply, whole", "a reply, whole", "one", "two"]
+    assert sorted(text_of(item) for item in items) == [
+        "a reply, whole",
+        "a reply, whole",
+        "one",
+        "two",
+    ]
     assert len({item["id"] for item in items}) == 4
-    assert {reply.id for reply in replies} == {item["id"] for item in items if item["type"] == "assistant_message"}
+    assert {reply.id for reply in replies} == {
+        item["id"] for item in items if item["type"] == "assistant_message"
+    }
 
 
 async def test_retry_while_the_reply_streams(chat, server, provider):
@@ -110,7 +122,11 @@ async def test_retry_while_the_reply_streams(chat, server, provider):
         reading = Reading(chat.start("try"))
         await reading.until('"first "')
         (asked,) = again(chat).items()
-        retried = list(again(chat).stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]))
+        retried = list(
+            again(chat).stream(
+                "threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]
+            )
+        )
         events = await reading.end()
     assert [event.type for event in events].count("error") == 1 and events[-1].type == "error"
     assert [text_of(item) for item in done(retried)] == ["second"]
@@ -126,7 +142,11 @@ async def test_stop_and_retry_at_once(server, provider):
         next(event for event in stream if '"first "' in event.model_dump_json())
         (asked,) = again(chat).items()
         stream.close()
-        retried = list(again(chat).stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]))
+        retried = list(
+            again(chat).stream(
+                "threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"]
+            )
+        )
         assert [text_of(item) for item in done(retried)] == ["second"]
         assert [text_of(item) for item in chat.items()] == ["try", "second"]
         assert provider.requests[-1].messages == [("user", "try")]
@@ -139,8 +159,14 @@ def test_a_client_tool_call_that_is_never_answered(custom_chat, provider):
     """OpenAI and Anthropic refuse a tool call without its output: neither is sent."""
     provider.script["colour"] = [[Text("Choose. "), ToolCall("pick_colour", {"hint": "warm"})]]
     custom_chat.say("colour")
-    assert [text_of(item) for item in done(custom_chat.say("never mind"))] == ["You said: never mind"]
-    assert provider.requests[-1].messages == [("user", "colour"), ("assistant", "Choose. "), ("user", "never mind")]
+    assert [text_of(item) for item in done(custom_chat.say("never mind"))] == [
+        "You said: never mind"
+    ]
+    assert provider.requests[-1].messages == [
+        ("user", "colour"),
+        ("assistant", "Choose. "),
+        ("user", "never mind"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +180,11 @@ def test_an_unusual_text_is_stored_and_told_unchanged(chat, provider, text):
     assert text_of(reply) == text
     assert [text_of(item) for item in chat.items()] == [text, text]
     chat.say("and on")
-    assert provider.requests[-1].messages == [("user", text), ("assistant", text), ("user", "and on")]
+    assert provider.requests[-1].messages == [
+        ("user", text),
+        ("assistant", text),
+        ("user", "and on"),
+    ]
 
 
 @pytest.mark.parametrize(("tag", "status"), [("report", 200), (" ", 400)])
@@ -193,12 +223,28 @@ LINE = re.compile(
     r"INFO:     turn pid=(\d+) thread=(\S+) provider=(\S+) model=(\S+) end=(\S+) first_delta=(?:-|(\d+\.\d{3})s) total=(\d+\.\d{3})s"
     r" input_tokens=(\S+) output_tokens=(\S+)"
 )
-MODELS = {"gemini": "gemini/gemini-flash-latest", "openai": "openai/gpt-4o", "anthropic": "anthropic/claude-sonnet-4-6"}
+MODELS = {
+    "gemini": "gemini/gemini-flash-latest",
+    "openai": "openai/gpt-4o",
+    "anthropic": "anthropic/claude-sonnet-4-6",
+}
 TURNS = {  # steps of the provider; how the turn ends; whether a delta comes; input and output tokens
     "done": ([[Text("Fine.")]], "done", True, "7", "3"),
-    "tool": ([[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]], "done", True, "14", "6"),
+    "tool": (
+        [[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]],
+        "done",
+        True,
+        "14",
+        "6",
+    ),
     "fault": ([[Failure("rate")]], "fault", False, "-", "-"),
-    "fault after a tool": ([[Text("Let me look. "), ToolCall("clock")], [Failure("rate")]], "fault", True, "7", "3"),
+    "fault after a tool": (
+        [[Text("Let me look. "), ToolCall("clock")], [Failure("rate")]],
+        "fault",
+        True,
+        "7",
+        "3",
+    ),
     "empty": ([[Finish()]], "fault", False, "7", "3"),
     "stopped": ([[Text("one "), Silence()]], "stopped", True, "-", "-"),
 }
@@ -216,9 +262,15 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
             break
     customised.wait_for(f"thread={custom_chat.thread_id} ", seconds=10)
     (line,) = [line for line in customised.log[start:] if custom_chat.thread_id in line]
-    pid, thread, provider_is, model, ended, first_delta, total, *tokens = LINE.fullmatch(line).groups()
+    pid, thread, provider_is, model, ended, first_delta, total, *tokens = LINE.fullmatch(
+        line
+    ).groups()
     assert int(pid) in processes(customised)
-    assert (thread, provider_is, model) == (custom_chat.thread_id, provider_name, MODELS[provider_name])
+    assert (thread, provider_is, model) == (
+        custom_chat.thread_id,
+        provider_name,
+        MODELS[provider_name],
+    )
     assert (ended, tokens) == (end, [tokens_in, tokens_out])
     assert (first_delta is not None) == streamed
     assert 0 <= float(first_delta or 0) <= float(total) < 60

@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+
 from client import NO_TLS, Chat, done, message, text_of
 from conftest import USERS
 from provider import ToolCall
@@ -93,7 +94,14 @@ def test_every_operation_as_the_wrong_user(alice, bob, provider):
         assert (response.status_code, "not found" in response.text) == (404, True), type
         assert "hello" not in response.text
     for type in ("threads.custom_action", "attachments.create", "attachments.delete"):
-        params = {**thread, "action": {"type": "a"}, "name": "a", "size": 1, "mime_type": "x/y", "attachment_id": "a"}
+        params = {
+            **thread,
+            "action": {"type": "a"},
+            "name": "a",
+            "size": 1,
+            "mime_type": "x/y",
+            "attachment_id": "a",
+        }
         assert bob.post(type, **params).status_code in (400, 404), type
     # An item of alice's under a thread of bob's own.
     theirs = {"thread_id": bob.thread_id, "item_id": asked["id"]}

@@ -17,6 +17,7 @@ import httpx
 import litellm
 import pytest
 from agents import Model, ModelSettings, ModelTracing
+
 from client import NO_TLS, Chat, deltas, done, error_of, load_main, message, text_of, until
 from provider import Cut, Failure, Raw, Silence, Text, Thought, Together, ToolCall
 
@@ -31,7 +32,9 @@ def test_every_id_is_a_placeholder(custom_chat, provider):
     replies = done(custom_chat.say("go"))
     assert [text_of(item) for item in replies] == ["Let me look. ", "It is noon."]
     stored = [item for item in custom_chat.items() if item["type"] == "assistant_message"]
-    assert [(item["id"], text_of(item)) for item in stored] == [(item.id, text_of(item)) for item in replies]
+    assert [(item["id"], text_of(item)) for item in stored] == [
+        (item.id, text_of(item)) for item in replies
+    ]
 
 
 def test_ids_have_32_bits(main):
@@ -53,7 +56,12 @@ def test_tags_are_not_implemented(chat, provider):
     """chatkit's converter raises NotImplementedError for them."""
     tag = {"type": "input_tag", "id": "doc_1", "text": "report", "data": {"year": "2026"}}
     content = [{"type": "input_text", "text": "Sum up "}, tag]
-    list(chat.stream("threads.create", input=message("", quoted_text="the quoted part") | {"content": content}))
+    list(
+        chat.stream(
+            "threads.create",
+            input=message("", quoted_text="the quoted part") | {"content": content},
+        )
+    )
     texts = [text for _, text in provider.requests[-1].messages]
     assert texts[0] == "Sum up @report"
     assert any("the quoted part" in text for text in texts)
@@ -115,7 +123,9 @@ async def test_a_finalizer_sets_context_variables(main):
                 changed.append(function.__self__.name)
 
     question = [{"role": "user", "content": "go"}]
-    stream = await main.litellm.acompletion("openai/gpt-4o", question, stream=True, mock_response="one two three")
+    stream = await main.litellm.acompletion(
+        "openai/gpt-4o", question, stream=True, mock_response="one two three"
+    )
     collected = weakref.ref(stream)
     for _ in range(3):  # until the event loop has let go of it, too
         await anext(stream)
@@ -182,7 +192,9 @@ async def test_a_run_continues_without_its_reader(main):
         async for _ in await server.process(json.dumps(request).encode(), {}):
             pass
 
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the abandoned tasks have tests of their own
+    asyncio.get_running_loop().set_exception_handler(
+        lambda *_: None
+    )  # the abandoned tasks have tests of their own
     asked, ended = asyncio.Event(), asyncio.Event()
     server = main.ChatKitServerImpl(main.MemoryStore())
     server.agent.model = Endless()
@@ -194,7 +206,9 @@ async def test_a_run_continues_without_its_reader(main):
     await asyncio.wait_for(ended.wait(), 5)
 
 
-@pytest.mark.parametrize("name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"])
+@pytest.mark.parametrize(
+    "name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"]
+)
 async def test_leaving_between_two_chunks(main, provider, name):
     """LiteLLM 1.106 does not close Anthropic's connection if the stream is abandoned while no chunk is awaited."""
     kind = name.partition("/")[0]
@@ -203,7 +217,14 @@ async def test_leaving_between_two_chunks(main, provider, name):
 
     async def leave() -> None:
         async for event in model.stream_response(
-            None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED, previous_response_id=None
+            None,
+            "go",
+            ModelSettings(),
+            [],
+            None,
+            [],
+            ModelTracing.DISABLED,
+            previous_response_id=None,
         ):
             if event.type == "response.output_text.delta":
                 asyncio.current_task().cancel()  # the next chunk is there already: nothing is read
@@ -260,7 +281,12 @@ async def test_a_cancelled_stream_is_cancelled_again(servers, provider):
     stream = chat.start("go")
     next(event for event in stream if '"two "' in event.model_dump_json())
     stream.close()
-    await until(lambda: [text_of(item) for item in chat.items() if item["type"] == "assistant_message"] == ["one two "])
+    await until(
+        lambda: (
+            [text_of(item) for item in chat.items() if item["type"] == "assistant_message"]
+            == ["one two "]
+        )
+    )
 
 
 async def test_reasoning_is_not_stored(chat, provider):
@@ -276,7 +302,9 @@ async def test_reasoning_is_not_stored(chat, provider):
 async def test_a_message_is_copied_for_each_delta(main, monkeypatch):
     """chatkit keeps a copy of the message for the case that the stream is cancelled: 15 µs for each delta."""
     copies = []
-    monkeypatch.setattr(main.AssistantMessageItem, "model_copy", lambda item, **_: copies.append(item) or item)
+    monkeypatch.setattr(
+        main.AssistantMessageItem, "model_copy", lambda item, **_: copies.append(item) or item
+    )
     server = main.ChatKitServerImpl(main.MemoryStore())
     request = {"type": "threads.create", "params": {"input": message("hello")}}
     events = [event async for event in await server.process(json.dumps(request).encode(), {})]
@@ -340,7 +368,10 @@ def test_two_providers_refuse_stream_options(tmp_path, name):
 
 def test_a_blank_key_counts_as_a_key(tmp_path):
     """LiteLLM's validate_environment accepts a blank key."""
-    assert load_main(tmp_path, {"PROVIDER": "openai", "OPENAI_API_KEY": " "}).MISSING_KEY == "OPENAI_API_KEY"
+    assert (
+        load_main(tmp_path, {"PROVIDER": "openai", "OPENAI_API_KEY": " "}).MISSING_KEY
+        == "OPENAI_API_KEY"
+    )
 
 
 def test_a_worker_for_each_of_web_concurrency(servers):

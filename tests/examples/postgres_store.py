@@ -51,7 +51,9 @@ class ThreadDeleted(NotFoundError, CustomStreamError):
 def to_jsonb(text: str) -> str:
     """Escape NUL, which jsonb cannot store, with U+FFFE, a code point that no text contains, and U+FFFE with itself."""
     text = text.replace("\ufffe", "\ufffe1")
-    return re.sub(r"\\u0000|\\.", lambda found: "\ufffe0" if found[0] == r"\u0000" else found[0], text)
+    return re.sub(
+        r"\\u0000|\\.", lambda found: "\ufffe0" if found[0] == r"\u0000" else found[0], text
+    )
 
 
 def from_jsonb(text: str) -> str:
@@ -61,7 +63,12 @@ def from_jsonb(text: str) -> str:
 class PostgresStore(Store[dict]):
     def __init__(self, url: str, max_size: int = 10, timeout: float = 30) -> None:
         """Open at most `max_size` connections per worker; a statement waits at most `timeout` seconds for one."""
-        options = {"min_size": 1, "max_size": max_size, "timeout": timeout, "reconnect_timeout": timeout}
+        options = {
+            "min_size": 1,
+            "max_size": max_size,
+            "timeout": timeout,
+            "reconnect_timeout": timeout,
+        }
         self.pool = AsyncConnectionPool(url, kwargs={"autocommit": True}, open=False, **options)
         self.opened = False
 
@@ -80,7 +87,10 @@ class PostgresStore(Store[dict]):
     async def rows(self, statement: str, context: dict, **values: str | int) -> list[tuple]:
         """Return the rows of the statement; repeat it on a new connection if this one is dead."""
         values = {"owner": context.get("user_id", ""), **values}
-        values = {name: value.replace("\0", "\ufffe0") if name != "limit" else value for name, value in values.items()}
+        values = {
+            name: value.replace("\0", "\ufffe0") if name != "limit" else value
+            for name, value in values.items()
+        }
         with anyio.CancelScope(shield=True):  # a client that leaves must not interrupt a write
             try:
                 return await self.rows_once(statement, values)
@@ -112,25 +122,42 @@ class PostgresStore(Store[dict]):
             f"INSERT INTO {table} AS stored (id, owner, data) VALUES (%(id)s, %(owner)s, %(data)s) "
             "ON CONFLICT (id) DO UPDATE SET data = excluded.data WHERE stored.owner = excluded.owner RETURNING id"
         )
-        if not await self.rows(statement, context, id=row.id, data=to_jsonb(adapter.dump_json(row).decode())):
+        if not await self.rows(
+            statement, context, id=row.id, data=to_jsonb(adapter.dump_json(row).decode())
+        ):
             raise NotFoundError(f"{kind} {row.id} not found")
 
-    async def page(self, kind: str, after: str | None, limit: int, order: str, context: dict, thread_id="") -> Page:
+    async def page(
+        self, kind: str, after: str | None, limit: int, order: str, context: dict, thread_id=""
+    ) -> Page:
         table, adapter, where = TABLES[kind]
         beyond, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
-        start = f"AND number {beyond} (SELECT number FROM {table} WHERE {where} AND id = %(after)s)" if after else ""
+        start = (
+            f"AND number {beyond} (SELECT number FROM {table} WHERE {where} AND id = %(after)s)"
+            if after
+            else ""
+        )
         statement = f"SELECT data::text FROM {table} WHERE {where} {start} ORDER BY number {direction} LIMIT %(limit)s"
         limit = min(limit, 2**31)
-        rows = await self.rows(statement, context, after=after or "", limit=limit + 1, thread_id=thread_id)
+        rows = await self.rows(
+            statement, context, after=after or "", limit=limit + 1, thread_id=thread_id
+        )
         if after and not rows:
-            await self.load(kind, after, context, thread_id)  # raises NotFoundError unless it is the last row
+            await self.load(
+                kind, after, context, thread_id
+            )  # raises NotFoundError unless it is the last row
         data = [adapter.validate_json(from_jsonb(text)) for (text,) in rows[:limit]]
         more = len(rows) > limit
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     async def delete(self, kind: str, id: str, context: dict, thread_id: str = "") -> None:
         table, _, where = TABLES[kind]
-        await self.rows(f"DELETE FROM {table} WHERE {where} AND id = %(id)s", context, id=id, thread_id=thread_id)
+        await self.rows(
+            f"DELETE FROM {table} WHERE {where} AND id = %(id)s",
+            context,
+            id=id,
+            thread_id=thread_id,
+        )
 
     # ---- chatkit's Store
 

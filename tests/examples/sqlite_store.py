@@ -52,7 +52,13 @@ class SQLiteStore(Store[dict]):
         changed = self.database.execute(
             "INSERT INTO rows (kind, owner, parent, id, json) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (kind, parent, id) DO UPDATE SET json = excluded.json WHERE owner = excluded.owner",
-            (kind, owner, parent, value.id, value.model_dump_json(exclude={"items"} if kind == "Thread" else None)),
+            (
+                kind,
+                owner,
+                parent,
+                value.id,
+                value.model_dump_json(exclude={"items"} if kind == "Thread" else None),
+            ),
         ).rowcount
         if not changed:
             raise NotFoundError(f"{kind} {value.id} not found")
@@ -63,7 +69,9 @@ class SQLiteStore(Store[dict]):
             (kind, parent, id, context.get("user_id", "")),
         ).rowcount
 
-    def page(self, kind: str, after: str | None, limit: int, order: str, context: dict, parent: str = "") -> Page:
+    def page(
+        self, kind: str, after: str | None, limit: int, order: str, context: dict, parent: str = ""
+    ) -> Page:
         beyond, limit = "", min(limit, 2**31)
         if after:
             beyond = f"AND number {'>' if order == 'asc' else '<'} {self.number(kind, after, context, parent)[0]}"
@@ -99,7 +107,9 @@ class SQLiteStore(Store[dict]):
         return self.page("Item", after, limit, order, context, thread_id)
 
     async def add_thread_item(self, thread_id, item, context):
-        await asyncio.sleep(0)  # the driver of a database on a network waits here, and may be cancelled
+        await asyncio.sleep(
+            0
+        )  # the driver of a database on a network waits here, and may be cancelled
         self.number("Thread", thread_id, context)
         self.save("Item", item, context, thread_id)
 
@@ -124,8 +134,9 @@ class SQLiteStore(Store[dict]):
 
 
 if __name__ == "__main__":
-    import main
     import uvicorn
+
+    import main
 
     main.server.store = SQLiteStore(os.environ["DATABASE"])
     uvicorn.run(main.app, host=main.HOST, port=main.PORT)

@@ -16,14 +16,17 @@ from pathlib import Path
 
 import httpx
 from chatkit.types import ThreadStreamEvent
-from forked import Forked
 from pydantic import TypeAdapter
+
+from forked import Forked
 
 PATH = os.environ["PATH"]
 SUPPORT = Path(__file__).resolve().parent
 EXAMPLES = SUPPORT.parent / "examples"
 ROOT = SUPPORT.parent.parent
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # by default each client of httpx loads all certificates, for 26 ms
+NO_TLS = ssl.SSLContext(
+    ssl.PROTOCOL_TLS_CLIENT
+)  # by default each client of httpx loads all certificates, for 26 ms
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
@@ -68,7 +71,13 @@ class Server:
     With `changes`: parts of main.py and what replaces them."""
 
     def __init__(
-        self, folder: Path, environment: dict[str, str], program: Path | None = None, workers=0, fork=False, changes={}
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        program: Path | None = None,
+        workers=0,
+        fork=False,
+        changes={},
     ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
@@ -86,7 +95,14 @@ class Server:
         if workers:
             app = f"{program.stem if program else 'main'}:app"
             folders = ["--app-dir", str(program.parent)] if program else []
-            options = ["--workers", str(workers), "--timeout-graceful-shutdown", "5", "--port", str(self.port)]
+            options = [
+                "--workers",
+                str(workers),
+                "--timeout-graceful-shutdown",
+                "5",
+                "--port",
+                str(self.port),
+            ]
             command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
             shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
         environment = {
@@ -126,7 +142,10 @@ class Server:
     def wait_for(self, text: str, times: int = 1, seconds: float = 60) -> str:
         """The log once it holds `text`, so many times."""
         with self.news:
-            self.news.wait_for(lambda: "\n".join(self.log).count(text) >= times or "(end of log)" in self.log, seconds)
+            self.news.wait_for(
+                lambda: "\n".join(self.log).count(text) >= times or "(end of log)" in self.log,
+                seconds,
+            )
             log = "\n".join(self.log)
         assert log.count(text) >= times, log
         return log
@@ -213,7 +232,9 @@ class Chat:
         """The events that answer a message, the first of which makes the thread."""
         if self.thread_id is None:
             return self.stream("threads.create", input=message(text, **more))
-        return self.stream("threads.add_user_message", input=message(text, **more), thread_id=self.thread_id)
+        return self.stream(
+            "threads.add_user_message", input=message(text, **more), thread_id=self.thread_id
+        )
 
     def say(self, text: str, **more) -> list:
         return list(self.start(text, **more))
@@ -222,7 +243,9 @@ class Chat:
         """All stored items, oldest first, hidden ones left out."""
         found, after = [], None
         while True:
-            page = self.get("items.list", thread_id=self.thread_id, order="asc", limit=50, after=after)
+            page = self.get(
+                "items.list", thread_id=self.thread_id, order="asc", limit=50, after=after
+            )
             found += page["data"]
             after = page.get("after")
             if not page["has_more"]:
@@ -243,17 +266,27 @@ def error_of(events: list):
 
 def done(events: list, type: str = "assistant_message") -> list:
     """The items of this type that the stream completed."""
-    return [event.item for event in events if event.type == "thread.item.done" and event.item.type == type]
+    return [
+        event.item
+        for event in events
+        if event.type == "thread.item.done" and event.item.type == type
+    ]
 
 
 def text_of(item) -> str:
-    content = item["content"] if isinstance(item, dict) else [part.model_dump() for part in item.content]
+    content = (
+        item["content"] if isinstance(item, dict) else [part.model_dump() for part in item.content]
+    )
     return "".join(part["text"] for part in content)
 
 
 def deltas(events: list, item_id: str) -> str:
     """An assistant message's text as its deltas rebuild it."""
-    updates = [event.update for event in events if event.type == "thread.item.updated" and event.item_id == item_id]
+    updates = [
+        event.update
+        for event in events
+        if event.type == "thread.item.updated" and event.item_id == item_id
+    ]
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
 
 
@@ -261,7 +294,9 @@ def say_at_once(url: str, texts: list[str], seconds: float = 20) -> dict[str, li
     """Each text in a thread of its own; the events of the chats that ended in time."""
     replies = {}
     threads = [
-        threading.Thread(target=lambda text=text: replies.update({text: Chat(url).say(text)}), daemon=True)
+        threading.Thread(
+            target=lambda text=text: replies.update({text: Chat(url).say(text)}), daemon=True
+        )
         for text in texts
     ]
     for thread in threads:

@@ -25,7 +25,11 @@ def binaries() -> Path | None:
     """The folder of initdb and postgres, the newest there is."""
     on_path = shutil.which("postgres") and shutil.which("initdb")
     folders = [folder for pattern in FOLDERS for folder in sorted(Path("/").glob(pattern[1:]))]
-    found = [folder for folder in folders if (folder / "initdb").exists() and (folder / "postgres").exists()]
+    found = [
+        folder
+        for folder in folders
+        if (folder / "initdb").exists() and (folder / "postgres").exists()
+    ]
     return Path(on_path).resolve().parent if on_path else found[-1] if found else None
 
 
@@ -40,16 +44,30 @@ class Cluster:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-        self.run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync").wait()
+        self.run(
+            "initdb",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+        ).wait()
         self.start()
 
     def run(self, program: str, *arguments: str) -> subprocess.Popen:
         command = [str(binaries() / program), "-D", str(self.folder / "data"), *arguments]
         output = open(self.folder / "log", "a")
-        return subprocess.Popen(command, user=self.user, cwd=self.folder, stdout=output, stderr=output)
+        return subprocess.Popen(
+            command, user=self.user, cwd=self.folder, stdout=output, stderr=output
+        )
 
     def start(self) -> None:
-        settings = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": "", "fsync": "off"}
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",
+            "fsync": "off",
+        }
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         self.process = self.run("postgres", *arguments)
         import psycopg  # not installed yet when this file is run as a program

@@ -10,7 +10,13 @@ import os
 import time
 
 import uvicorn
-from agents import GuardrailFunctionOutput, RunContextWrapper, StopAtTools, function_tool, output_guardrail
+from agents import (
+    GuardrailFunctionOutput,
+    RunContextWrapper,
+    StopAtTools,
+    function_tool,
+    output_guardrail,
+)
 from chatkit.agents import AgentContext, ClientToolCall
 from chatkit.types import CustomTask, HiddenContextItem, TaskItem, ThreadItemDoneEvent, Workflow
 from chatkit.widgets import Card, Text

@@ -38,7 +38,9 @@ def run(program: str, environment: dict[str, str], folder: str, output) -> None:
     os.chdir(folder)
     sys.argv = [program]
     sys.path[:0] = [str(Path(program).parent), *environment["PYTHONPATH"].split(os.pathsep)]
-    warnings.filterwarnings("error", category=DeprecationWarning, module=environment["PYTHONWARNINGS"].split(":")[-1])
+    warnings.filterwarnings(
+        "error", category=DeprecationWarning, module=environment["PYTHONWARNINGS"].split(":")[-1]
+    )
     runpy.run_path(program, run_name="__main__")
 
 
@@ -47,7 +49,9 @@ class Forked:
 
     def __init__(self, program: str, environment: dict[str, str], folder: Path):
         reader, writer = context.Pipe(duplex=False)
-        self.process = context.Process(target=run, args=(program, environment, str(folder), writer), daemon=True)
+        self.process = context.Process(
+            target=run, args=(program, environment, str(folder), writer), daemon=True
+        )
         self.process.start()
         writer.close()
         self.pid = self.process.pid

@@ -126,7 +126,15 @@ def sse(data, event: str = "") -> bytes:
 class Gemini:
     """https://ai.google.dev/api/generate-content: POST models/…:streamGenerateContent?alt=sse"""
 
-    status = {"key": 400, "forbidden": 403, "model": 404, "rate": 429, "long": 400, "policy": 400, "server": 503}
+    status = {
+        "key": 400,
+        "forbidden": 403,
+        "model": 404,
+        "rate": 429,
+        "long": 400,
+        "policy": 400,
+        "server": 503,
+    }
     words = {
         "key": ("INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."),
         "forbidden": ("PERMISSION_DENIED", "Your API key does not have permission."),
@@ -136,7 +144,10 @@ class Gemini:
             "INVALID_ARGUMENT",
             "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
         ),
-        "policy": ("INVALID_ARGUMENT", "The request was rejected by our safety system: content_policy_violation"),
+        "policy": (
+            "INVALID_ARGUMENT",
+            "The request was rejected by our safety system: content_policy_violation",
+        ),
         "server": ("UNAVAILABLE", "The model is overloaded. Please try again later."),
     }
 
@@ -145,14 +156,20 @@ class Gemini:
 
     def error(self, kind: str) -> dict:
         state, message = self.words[kind]
-        return {"error": {"code": self.status[kind], "message": f"{message} {SECRET}", "status": state}}
+        return {
+            "error": {"code": self.status[kind], "message": f"{message} {SECRET}", "status": state}
+        }
 
     def chunk(self, parts: list | None = None, **candidate) -> bytes:
         candidate = {"content": {"parts": parts or [], "role": "model"}, "index": 0, **candidate}
         return sse(
             {
                 "candidates": [candidate],
-                "usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 3, "totalTokenCount": 10},
+                "usageMetadata": {
+                    "promptTokenCount": 7,
+                    "candidatesTokenCount": 3,
+                    "totalTokenCount": 10,
+                },
                 "modelVersion": "gemini-flash-latest",
                 "responseId": "resp-1",
             }
@@ -168,7 +185,14 @@ class Gemini:
             case Thought(text):
                 return self.chunk([{"text": text, "thought": True}])
             case ToolCall(name, arguments):
-                return self.chunk([{"functionCall": {"name": name, "args": arguments}, "thoughtSignature": "c2ln"}])
+                return self.chunk(
+                    [
+                        {
+                            "functionCall": {"name": name, "args": arguments},
+                            "thoughtSignature": "c2ln",
+                        }
+                    ]
+                )
             case Stream():
                 return sse(self.error(step))
             case Finish("prompt"):
@@ -181,17 +205,23 @@ class Gemini:
                     }
                 )
             case Finish("filter"):
-                ratings = [{"category": "HARM_CATEGORY_HARASSMENT", "probability": "HIGH", "blocked": True}]
+                ratings = [
+                    {"category": "HARM_CATEGORY_HARASSMENT", "probability": "HIGH", "blocked": True}
+                ]
                 return sse(
                     {
-                        "candidates": [{"finishReason": "SAFETY", "index": 0, "safetyRatings": ratings}],
+                        "candidates": [
+                            {"finishReason": "SAFETY", "index": 0, "safetyRatings": ratings}
+                        ],
                         "usageMetadata": {"promptTokenCount": 7, "totalTokenCount": 7},
                         "modelVersion": "gemini-flash-latest",
                         "responseId": "resp-1",
                     }
                 )
             case Finish(reason):
-                return self.chunk([{"text": ""}], finishReason={"stop": "STOP", "length": "MAX_TOKENS"}[reason])
+                return self.chunk(
+                    [{"text": ""}], finishReason={"stop": "STOP", "length": "MAX_TOKENS"}[reason]
+                )
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
@@ -200,7 +230,11 @@ class Gemini:
         for content in body["contents"]:
             for part in content["parts"]:
                 text = part.get("text") if "text" in part else json.dumps(part, sort_keys=True)
-                role = "tool" if "text" not in part else {"model": "assistant"}.get(content["role"], content["role"])
+                role = (
+                    "tool"
+                    if "text" not in part
+                    else {"model": "assistant"}.get(content["role"], content["role"])
+                )
                 found.append((role, text))
         return found
 
@@ -212,17 +246,34 @@ class Gemini:
 class OpenAI:
     """https://platform.openai.com/docs/api-reference/chat/streaming: POST chat/completions"""
 
-    status = {"key": 401, "forbidden": 403, "model": 404, "rate": 429, "long": 400, "policy": 400, "server": 503}
+    status = {
+        "key": 401,
+        "forbidden": 403,
+        "model": 404,
+        "rate": 429,
+        "long": 400,
+        "policy": 400,
+        "server": 503,
+    }
     words = {
         "key": ("invalid_api_key", "Incorrect API key provided: sk-secret."),
-        "forbidden": ("unsupported_country_region_territory", "Country, region, or territory not supported"),
-        "model": ("model_not_found", "The model `nope` does not exist or you do not have access to it."),
+        "forbidden": (
+            "unsupported_country_region_territory",
+            "Country, region, or territory not supported",
+        ),
+        "model": (
+            "model_not_found",
+            "The model `nope` does not exist or you do not have access to it.",
+        ),
         "rate": ("rate_limit_exceeded", "Rate limit reached for gpt-4o."),
         "long": (
             "context_length_exceeded",
             "This model's maximum context length is 128000 tokens. However, your messages resulted in 130000 tokens.",
         ),
-        "policy": ("content_policy_violation", "Your request was rejected as a result of our safety system."),
+        "policy": (
+            "content_policy_violation",
+            "Your request was rejected as a result of our safety system.",
+        ),
         "server": (None, "The server is overloaded or not ready yet."),
     }
 
@@ -233,7 +284,12 @@ class OpenAI:
     def error(self, kind: str) -> dict:
         code, message = self.words[kind]
         return {
-            "error": {"message": f"{message} {SECRET}", "type": "invalid_request_error", "param": None, "code": code}
+            "error": {
+                "message": f"{message} {SECRET}",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": code,
+            }
         }
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
@@ -244,7 +300,9 @@ class OpenAI:
                 "created": 1,
                 "model": "gpt-4o-2024-11-20",
                 "system_fingerprint": "fp_1",
-                "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
+                "choices": [
+                    {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+                ],
             }
         )
 
@@ -263,9 +321,23 @@ class OpenAI:
                 text = json.dumps(arguments)
                 half = len(text) // 2
                 return (
-                    self.chunk({"tool_calls": [{**head, "function": {"name": name, "arguments": ""}}]})
-                    + self.chunk({"tool_calls": [{"index": self.calls - 1, "function": {"arguments": text[:half]}}]})
-                    + self.chunk({"tool_calls": [{"index": self.calls - 1, "function": {"arguments": text[half:]}}]})
+                    self.chunk(
+                        {"tool_calls": [{**head, "function": {"name": name, "arguments": ""}}]}
+                    )
+                    + self.chunk(
+                        {
+                            "tool_calls": [
+                                {"index": self.calls - 1, "function": {"arguments": text[:half]}}
+                            ]
+                        }
+                    )
+                    + self.chunk(
+                        {
+                            "tool_calls": [
+                                {"index": self.calls - 1, "function": {"arguments": text[half:]}}
+                            ]
+                        }
+                    )
                 )
             case Stream():
                 return sse(self.error(step))
@@ -280,10 +352,18 @@ class OpenAI:
                             "created": 1,
                             "model": "gpt-4o-2024-11-20",
                             "choices": [],
-                            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+                            "usage": {
+                                "prompt_tokens": 7,
+                                "completion_tokens": 3,
+                                "total_tokens": 10,
+                            },
                         }
                     )
-                return self.chunk({}, names.get(reason, "content_filter")) + usage + b"data: [DONE]\n\n"
+                return (
+                    self.chunk({}, names.get(reason, "content_filter"))
+                    + usage
+                    + b"data: [DONE]\n\n"
+                )
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
@@ -301,16 +381,29 @@ class OpenAI:
 
     @staticmethod
     def instructions(body: dict) -> str:
-        return "".join(message["content"] for message in body["messages"] if message["role"] == "system")
+        return "".join(
+            message["content"] for message in body["messages"] if message["role"] == "system"
+        )
 
 
 class Anthropic:
     """https://docs.anthropic.com/en/api/messages-streaming: POST v1/messages"""
 
-    status = {"key": 401, "forbidden": 403, "model": 404, "rate": 429, "long": 400, "policy": 400, "server": 529}
+    status = {
+        "key": 401,
+        "forbidden": 403,
+        "model": 404,
+        "rate": 429,
+        "long": 400,
+        "policy": 400,
+        "server": 529,
+    }
     words = {
         "key": ("authentication_error", "invalid x-api-key"),
-        "forbidden": ("permission_error", "Your API key does not have permission to use the specified resource."),
+        "forbidden": (
+            "permission_error",
+            "Your API key does not have permission to use the specified resource.",
+        ),
         "model": ("not_found_error", "model: nope"),
         "rate": ("rate_limit_error", "This request would exceed your organization's rate limit."),
         "long": ("invalid_request_error", "prompt is too long: 210000 tokens > 200000 maximum"),
@@ -325,7 +418,11 @@ class Anthropic:
 
     def error(self, kind: str) -> dict:
         name, message = self.words[kind]
-        return {"type": "error", "error": {"type": name, "message": f"{message} {SECRET}"}, "request_id": "req_1"}
+        return {
+            "type": "error",
+            "error": {"type": name, "message": f"{message} {SECRET}"},
+            "request_id": "req_1",
+        }
 
     def begin(self) -> bytes:
         message = {
@@ -338,7 +435,9 @@ class Anthropic:
             "stop_sequence": None,
             "usage": {"input_tokens": 7, "output_tokens": 1},
         }
-        return sse({"type": "message_start", "message": message}, "message_start") + sse({"type": "ping"}, "ping")
+        return sse({"type": "message_start", "message": message}, "message_start") + sse(
+            {"type": "ping"}, "ping"
+        )
 
     def delta(self, delta: dict) -> bytes:
         data = {"type": "content_block_delta", "index": self.index, "delta": delta}
@@ -356,21 +455,31 @@ class Anthropic:
         self.block = kind
         if kind:
             self.index += 1
-            data = {"type": "content_block_start", "index": self.index, "content_block": {"type": kind, **block}}
+            data = {
+                "type": "content_block_start",
+                "index": self.index,
+                "content_block": {"type": kind, **block},
+            }
             out += sse(data, "content_block_start")
         return out
 
     def step(self, step) -> bytes:
         match step:
             case Text(text):
-                return self.open("text", {"text": ""}) + self.delta({"type": "text_delta", "text": text})
+                return self.open("text", {"text": ""}) + self.delta(
+                    {"type": "text_delta", "text": text}
+                )
             case Thought(text):
                 opened = self.open("thinking", {"thinking": "", "signature": ""})
                 return opened + self.delta({"type": "thinking_delta", "thinking": text})
             case ToolCall(name, arguments):
                 self.calls += 1
-                opened = self.open("tool_use", {"id": f"toolu_{time.time_ns()}", "name": name, "input": {}})
-                return opened + self.delta({"type": "input_json_delta", "partial_json": json.dumps(arguments)})
+                opened = self.open(
+                    "tool_use", {"id": f"toolu_{time.time_ns()}", "name": name, "input": {}}
+                )
+                return opened + self.delta(
+                    {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
+                )
             case Stream():
                 return sse(self.error(step), "error")
             case Finish(reason):
@@ -380,14 +489,20 @@ class Anthropic:
                     "delta": {"stop_reason": names.get(reason, "refusal"), "stop_sequence": None},
                     "usage": {"output_tokens": 3},
                 }
-                return self.open(None) + sse(data, "message_delta") + sse({"type": "message_stop"}, "message_stop")
+                return (
+                    self.open(None)
+                    + sse(data, "message_delta")
+                    + sse({"type": "message_stop"}, "message_stop")
+                )
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
         found = []
         for message in body["messages"]:
             content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            for part in (
+                [{"type": "text", "text": content}] if isinstance(content, str) else content
+            ):
                 if part["type"] == "text":
                     found.append((message["role"], part["text"]))
                 else:
@@ -418,7 +533,9 @@ class Seen:
     @property
     def key(self) -> str:
         names = ("x-goog-api-key", "x-api-key", "authorization")
-        return next(self.headers[name] for name in names if name in self.headers).removeprefix("Bearer ")
+        return next(self.headers[name] for name in names if name in self.headers).removeprefix(
+            "Bearer "
+        )
 
     @property
     def messages(self) -> list[tuple[str, str]]:
@@ -441,7 +558,9 @@ class Provider:
         self.per_second = per_second
         self.keep = True
         self.app = FastAPI()
-        self.app.add_api_route("/gemini/models/{model}:streamGenerateContent", self.gemini, methods=["POST"])
+        self.app.add_api_route(
+            "/gemini/models/{model}:streamGenerateContent", self.gemini, methods=["POST"]
+        )
         self.app.add_api_route("/openai/chat/completions", self.openai, methods=["POST"])
         self.app.add_api_route("/anthropic/v1/messages", self.anthropic, methods=["POST"])
 
@@ -467,7 +586,9 @@ class Provider:
             seen.closed.set()
             kind = steps[0].kind
             if kind == "html":
-                return HTMLResponse("<html>\n<body>\n<h1>Log in to the network</h1>\n</body>\n</html>")
+                return HTMLResponse(
+                    "<html>\n<body>\n<h1>Log in to the network</h1>\n</body>\n</html>"
+                )
             if kind == "json":
                 return JSONResponse({"hello": "world"})
             body = writer.error(kind)
@@ -527,7 +648,9 @@ class Provider:
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(self.app, **OPTIONS)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [listener]}, daemon=True
+        )
         self.thread.start()
         return self
 
