@@ -1,7 +1,8 @@
 """make bench: what this server costs on top of LiteLLM, measured against the loopback provider.
 
-make bench-postgres: the same server on PostgreSQL, with one worker and with two. Every ratio is the median of pairs of
-runs, measured one right after the other. Words on the command line select figures by their names.
+make bench-postgres: the same server on PostgreSQL, with one worker and with two. Every ratio is the
+median of pairs of runs, measured one right after the other. Words on the command line select
+figures by their names.
 """
 
 import asyncio
@@ -21,9 +22,8 @@ from pathlib import Path
 import httpx
 from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
 
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS / "support"))
-sys.path.insert(0, str(TESTS / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
 
 from client import NO_TLS, SUPPORT, Server, free_port, load_main, memory, message, processes
 from cluster import Database
@@ -33,7 +33,8 @@ CORES = sorted(os.sched_getaffinity(0))
 PAIRS = 3
 MODEL = "openai/gpt-4o"
 
-# STREAMS replies at once; the CPU seconds per delta on the last line. `reply` yields whether a chunk is a delta.
+# STREAMS replies at once; the CPU seconds per delta on the last line.
+# `reply` yields whether a chunk is a delta.
 MEASURE = """
 async def stream(enough=None):
     deltas = 0
@@ -60,7 +61,8 @@ async def reply():
     async for chunk in await litellm.acompletion(sys.argv[1], messages=messages, stream=True):
         yield bool(chunk.choices[0].delta.content)
 {MEASURE}"""
-# openai-agents' own loop over main.py's model and agent, without chatkit and HTTP; otherwise the same.
+# openai-agents' own loop over main.py's model and agent, without chatkit and HTTP.
+# Otherwise the same.
 AGENTS = f"""
 import asyncio, os, sys, tempfile, time
 from pathlib import Path
@@ -191,12 +193,13 @@ def cpu_per_delta() -> list[tuple[str, float]]:
             ratios.append([ours / theirs for theirs in alone])
             theirs = ", ".join(f"{value * 1000:.3f} ms" for value in alone)
             say(
-                f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms; openai-agents, LiteLLM alone: {theirs}"
+                f"CPU per delta, pair {pair + 1}: {ours * 1000:.3f} ms; "
+                f"openai-agents, LiteLLM alone: {theirs}"
             )
         server.stop()
     return [
         (f"{statistics.median(values):.2f}", target)
-        for values, target in zip(zip(*ratios), (1.10, 1.15))
+        for values, target in zip(zip(*ratios, strict=True), (1.10, 1.15), strict=True)
     ]
 
 
@@ -247,7 +250,10 @@ def stored_message(id: str, text: str) -> AssistantMessageItem:
 
 
 async def page_ratio(stores: dict) -> float:
-    """Time of a page at 100,000 rows divided by that at 100: the worst of both orders, start and middle."""
+    """Time of a page at 100,000 rows divided by that at 100.
+
+    The worst of both orders, start and middle.
+    """
     ratios = []
     for order in ("asc", "desc"):
         for middle in (False, True):
@@ -311,7 +317,8 @@ def after_cancelled() -> tuple[str, None]:
             if round in (3, 23):
                 sizes.append(memory(server))
         say(
-            f"resident memory after 200 cancelled streams {sizes[0]} KiB, after 1 200 {sizes[1]} KiB"
+            f"resident memory after 200 cancelled streams {sizes[0]} KiB, "
+            f"after 1 200 {sizes[1]} KiB"
         )
         server.stop()
     return f"{(sizes[1] - sizes[0]) / 1024:+.1f}", None
@@ -407,7 +414,7 @@ def postgres_first_delta(database) -> tuple[str, None]:
         servers = [serve(upstream), serve(upstream, 1, DATABASE_URL=database.schema())]
         times: list[list[float]] = [[], []]
         for number in range(120):
-            for server, seen in zip(servers, times):
+            for server, seen in zip(servers, times, strict=True):
                 began = time.time()
                 ((delta,),) = asyncio.run(chats(server.url, 1))
                 if number >= 20:  # the first chats fill the caches
@@ -471,7 +478,8 @@ def run() -> None:
             if not wanted or any(word in name for word in wanted for name in names):
                 say(names[0])
                 values = measure()
-                for name, (value, target) in zip(names, [values] if len(names) == 1 else values):
+                values = [values] if len(names) == 1 else values
+                for name, (value, target) in zip(names, values, strict=True):
                     rows.append((name, value, f"≤ {target:.2f}" if target else ""))
     print(f"\n{len(CORES)} cores, {date.today()}, Python {sys.version.split()[0]}\n")
     print("| figure | value | target |\n|---|---|---|")

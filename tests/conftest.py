@@ -2,19 +2,19 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS / "support"))
-sys.path.insert(0, str(TESTS / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
 
 import forked
 
-forked.warm_up()  # before the other imports: both take seconds, and a second core is free
+# Before the other imports, hence E402: both take seconds, and a second core is free.
+forked.warm_up()
 
-import agents
-import pytest
+import agents  # noqa: E402
+import pytest  # noqa: E402
 
-from client import EXAMPLES, SUPPORT, Chat, Server, load_main
-from provider import Provider
+from client import EXAMPLES, SUPPORT, Chat, Server, load_main  # noqa: E402
+from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
 
@@ -23,18 +23,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--store",
         metavar="package.module:factory",
-        help="run the contract of tests/test_store.py on the Store that factory() makes, and on no other",
+        help="run the contract of tests/test_store.py on the Store that factory() makes, "
+        "and on no other",
     )
     parser.addoption(
         "--postgres",
         action="store_true",
-        help="run the servers as two workers on PostgreSQL, that of DATABASE_URL or a throw-away cluster",
+        help="run the servers as two workers on PostgreSQL, "
+        "that of DATABASE_URL or a throw-away cluster",
     )
 
 
 def pytest_ignore_collect(collection_path, config):
     if collection_path.name == "test_postgres.py" and not config.getoption("--postgres"):
         return True  # its driver is not installed
+    return None  # as the other hooks decide
 
 
 def of_workarounds(item) -> bool:
@@ -42,7 +45,10 @@ def of_workarounds(item) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Run the tests of the workarounds first: without one, most other tests fail too, and do not name the cause."""
+    """Run the tests of the workarounds first.
+
+    Without one, most other tests fail too, and do not name the cause.
+    """
     items.sort(key=of_workarounds, reverse=True)
 
 
@@ -171,7 +177,8 @@ def servers(request, provider, database, tmp_path_factory):
                 running[name] = pool.submit(launched, name)
             return running[name].result()
 
-        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side, and `main` with them.
+        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side,
+        # and `main` with them.
         if len(request.session.items) > 200:
             running.update((name, pool.submit(launched, name)) for name in eager)
             request.getfixturevalue("main")
@@ -180,7 +187,7 @@ def servers(request, provider, database, tmp_path_factory):
         name: future.result() for name, future in running.items() if not future.exception()
     }
     with ThreadPoolExecutor(len(SERVERS)) as pool:
-        codes = dict(zip(all_running, pool.map(Server.stop, all_running.values())))
+        codes = dict(zip(all_running, pool.map(Server.stop, all_running.values()), strict=True))
     if request.session.shouldfail:  # what its server complains of is told already
         return
     # Only main.py run as a program turns the signal into an exit code of 0.

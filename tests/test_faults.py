@@ -1,4 +1,4 @@
-"""The provider fails: one error event that says what to do, one log line, and the thread goes on."""
+"""The provider fails: one error event that says what to do, one log line, the thread goes on."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,8 @@ from provider import SECRET, Cut, Failure, Finish, Raw, Silence, Stream, Text, T
 KEYS = ("gemini-key-0123456789", "openai-key-0123456789", "anthropic-key-0123456789")
 PARTIAL = [Text("The first "), Text("half")]
 
-FAULTS = {  # name: steps of the provider, what the message says, allow_retry, what is stored of the reply
+# name: steps of the provider, what the message says, allow_retry, what is stored of the reply
+FAULTS = {
     "key refused": ([Failure("key")], "_API_KEY", False, ""),
     "forbidden": ([Failure("forbidden")], "_API_KEY", False, ""),
     "unknown model": ([Failure("model")], "MODEL", False, ""),
@@ -74,7 +75,10 @@ def test_fault(chat, server, provider, provider_name, fault):
 
 
 def test_silence(servers, provider):
-    """Before the first token and between two: the connection is closed, the text stays. All providers at once."""
+    """Before the first token and between two.
+
+    The connection is closed, the text stays. All providers at once.
+    """
     silences = {"at once": ([Silence()], ""), "later": ([*PARTIAL, Silence()], "The first half")}
     provider.script.update({text: [steps] for text, (steps, _) in silences.items()})
     chats = [
@@ -82,7 +86,7 @@ def test_silence(servers, provider):
     ]
     with ThreadPoolExecutor(len(chats)) as pool:
         streams = list(pool.map(lambda pair: pair[0].say(pair[1]), chats))
-    for (chat, text), events in zip(chats, streams):
+    for (chat, text), events in zip(chats, streams, strict=True):
         error = error_of(events)
         assert (error.code, error.allow_retry) == ("custom", True) and "timed out" in error.message
         assert text_of(chat.items()[-1]) == (silences[text][1] or text)
@@ -99,19 +103,18 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name):
 
     async def fault(url: str) -> Exception:
         model = main.ProviderModel(model=NAMES[provider_name][1], base_url=url, api_key="key")
+        settings = ModelSettings(extra_args={"max_retries": 0})
+        events = model.stream_response(
+            None, "go", settings, [], None, [], ModelTracing.DISABLED, previous_response_id=None
+        )
         with pytest.raises(main.ProviderFault) as raised:
-            settings = ModelSettings(extra_args={"max_retries": 0})
-            async for _ in model.stream_response(
-                None, "go", settings, [], None, [], ModelTracing.DISABLED, previous_response_id=None
-            ):
-                pass
+            _ = [event async for event in events]
         return raised.value
 
     monkeypatch.setattr(main, "MODEL_TIMEOUT", 0.5)
     listener = socket.create_server(("127.0.0.1", 0))
-    while "403" in str(
-        listener.getsockname()
-    ):  # anywhere in an error of Gemini's, LiteLLM takes it for the status
+    # LiteLLM takes 403 for the status wherever it stands in an error of Gemini's.
+    while "403" in str(listener.getsockname()):
         listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -130,7 +133,10 @@ def test_other_chats_go_on_while_a_web_page_is_no_stream(server, provider):
 
 
 def test_a_reply_may_end_in_silence_after_a_tool(custom_chat, provider):
-    """Claude and Gemini may say nothing more after a tool's output: what came before is the reply."""
+    """Claude and Gemini may say nothing more after a tool's output.
+
+    What came before is the reply.
+    """
     provider.script["look"] = [[Text("Looking. "), ToolCall("clock")], [Finish()]]
     events = custom_chat.say("look")
     assert not [event for event in events if event.type == "error"]

@@ -38,7 +38,10 @@ def shown(events: list) -> str:
 
 
 async def test_leaving_at_any_event(custom_chat, customised, provider):
-    """The provider's connection is closed within a second, the streamed text is stored, the thread goes on."""
+    """The provider's connection is closed within a second.
+
+    The streamed text is stored, and the thread goes on.
+    """
     first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
     second = [Text("three "), Text("four "), Text("five"), Silence()]
     with customised.no_new(*COMPLAINTS):
@@ -46,11 +49,14 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
             provider.script["go"] = [first, second]
             provider.requests.clear()
             chat = Chat(customised.url)
-            events = leave_after(chat, "go", lambda event, places=count(): next(places) == place)
+            places = count()
+            events = leave_after(
+                chat, "go", lambda _, places=places, place=place: next(places) == place
+            )
             assert len(events) == place + 1
             reader = Chat(customised.url, thread_id=chat.thread_id)
             # The note of the cancellation is what is stored last.
-            await until(lambda: reader.debug()[-1]["type"] == "SDKHiddenContextItem")
+            await until(lambda reader=reader: reader.debug()[-1]["type"] == "SDKHiddenContextItem")
             assert all(request.closed.wait(1) for request in provider.requests), place
             stored = [
                 text_of(item) for item in reader.items() if item["type"] == "assistant_message"
@@ -60,7 +66,10 @@ async def test_leaving_at_any_event(custom_chat, customised, provider):
 
 
 async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
-    """chatkit then drops the turn's events, without an error in them. The run must end at once, not with the garbage."""
+    """chatkit then drops the turn's events, without an error in them.
+
+    The run must end at once, not with the garbage.
+    """
 
     class Broken(main.MemoryStore):
         async def add_thread_item(self, thread_id, item, context):
@@ -97,7 +106,10 @@ async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
 
 
 async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
-    """openai-agents may cancel a run while it closes the connection: the connection is closed nevertheless."""
+    """openai-agents may cancel a run while it closes the connection.
+
+    The connection is closed nevertheless.
+    """
 
     class Endless:
         completion_stream = None
@@ -144,7 +156,10 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
 
 
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
-    """No token comes, so nothing is sent: the server must notice nevertheless that the client left."""
+    """No token comes, so nothing is sent.
+
+    The server must notice nevertheless that the client left.
+    """
     provider.script["quiet"] = [[Silence()]]
     with server.no_new(*COMPLAINTS):
         leave_after(

@@ -1,4 +1,7 @@
-"""Several workers on PostgreSQL: their Store under load, workers that die, and a database that is slow or gone."""
+"""Several workers on PostgreSQL.
+
+Their Store under load, workers that die, and a database that is slow or gone.
+"""
 
 import asyncio
 import os
@@ -59,7 +62,10 @@ def worker(chat: Chat) -> int:
 
 
 async def left(server: Server) -> None:
-    """Return when each worker has noticed which clients are gone: it has answered requests that came later."""
+    """Return when each worker has noticed which clients are gone.
+
+    By then it has answered requests that came later.
+    """
     answers: Counter[int] = Counter()
     while len(answers) < 2 or min(answers.values()) < 5:
         answers[await asyncio.to_thread(worker, Chat(server.url))] += 1
@@ -161,15 +167,22 @@ def test_a_chat_goes_on_with_another_worker(server, provider, chat):
 
 
 def test_a_worker_is_killed(server, provider, chat):
-    """In the middle of a reply. What was done is stored, and the thread goes on with the other worker or a new one."""
+    """A worker is killed in the middle of a reply.
+
+    What was done is stored, and the thread goes on with the other worker or a new one.
+    """
     chat.say("before")
     provider.script["go"] = [[Text("one "), ToolCall("clock")], [Text("two "), Silence()]]
     killed, events = worker(chat), []
-    with pytest.raises(httpx.RemoteProtocolError):
+
+    def read_and_kill() -> None:
         for event in chat.start("go"):
             events.append(event)
             if '"two "' in event.model_dump_json():
                 os.kill(killed, signal.SIGKILL)
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        read_and_kill()
     stored = done(events, "user_message") + done(events)
     other = Chat(server.url, thread_id=chat.thread_id)
     assert [text_of(item) for item in other.items()] == ["before", "You said: before", "go", "one "]
@@ -186,7 +199,10 @@ def test_a_worker_is_killed(server, provider, chat):
 
 
 async def test_another_worker_deletes_a_thread(server, provider, chat):
-    """While a reply streams into it: the stream ends with one error event, and nothing is stored."""
+    """It does so while a reply streams into the thread.
+
+    The stream ends with one error event, and nothing is stored.
+    """
     silence = Silence()
     provider.script["go"] = [[Text("one "), silence, Text("two")]]
     here = worker(chat)
@@ -236,7 +252,10 @@ async def test_a_slow_database_keeps_only_those_who_need_it(server, database, ur
 
 @pytest.mark.parametrize("written", ["message", "reply"])
 async def test_leaving_while_the_database_writes(server, provider, database, url, chat, written):
-    """What the client sent and what was streamed to it is stored, and no statement is interrupted."""
+    """What the client sent and what was streamed to it is stored.
+
+    No statement is interrupted.
+    """
     chat.say("hello")
     log_start = len(server.log)
     silence = Silence()
@@ -286,7 +305,10 @@ async def test_the_database_restarts_between_two_messages(server, database, chat
 
 
 async def test_the_database_stops_while_chats_run(server, database, provider):
-    """Each ends with one error that may be retried; what was confirmed is stored; new ones work without a restart."""
+    """Each ends with one error that may be retried.
+
+    What was confirmed is stored. New ones work without a restart.
+    """
     if not database.cluster:
         pytest.skip("the database of DATABASE_URL must not be stopped by a test")
     silence = Silence()
@@ -297,7 +319,7 @@ async def test_the_database_stops_while_chats_run(server, database, provider):
         threading.Thread(
             target=lambda chat=chat, seen=seen: [seen.append(event) for event in chat.start("go")]
         )
-        for chat, seen in zip(chats, events)
+        for chat, seen in zip(chats, events, strict=True)
     ]
     for running in threads:
         running.start()

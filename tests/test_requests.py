@@ -258,7 +258,10 @@ def mutated(body, chance: random.Random):
 
 
 def test_fuzz(server):
-    """800 mutated requests from a fixed seed: none is answered with 500 or more, or breaks its stream."""
+    """800 mutated requests from a fixed seed.
+
+    None is answered with 500 or more, or breaks its stream.
+    """
     chance = random.Random(20261122)
     chat = Chat(server.url)
     reply = done(chat.say("hello"))[0].id

@@ -118,7 +118,7 @@ def test_the_default_models_are_alive(main):
 
 
 def names_and_defaults(text: str, pattern: str) -> dict[str, str]:
-    return {name: default for name, default in re.findall(pattern, text, re.M)}
+    return dict(re.findall(pattern, text, re.M))
 
 
 def test_readme_example_and_code_name_the_same_settings():
@@ -154,7 +154,10 @@ def test_requirements_and_constraints_agree():
 
 
 def test_the_file_carries_its_requirements():
-    """As inline script metadata, https://peps.python.org/pep-0723/, for the Pythons that the Makefile names."""
+    """As inline script metadata, for the Pythons that the Makefile names.
+
+    https://peps.python.org/pep-0723/
+    """
     code = (ROOT / "backend" / "main.py").read_text()
     block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", code)[1]
     assert (
@@ -227,11 +230,16 @@ def test_box_5_the_agent_remembers(chat, provider):
 
 
 def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
-    """What `make` prints where PATH has these Pythons alone: their names, and the versions that they say they are."""
+    """What `make` prints where PATH has these Pythons alone.
+
+    `pythons` holds their names, and the versions that they say they are.
+    """
     for name, version in pythons.items():
-        lie = f"import sys; sys.version_info = {tuple(map(int, version.split('.')))}; exec(sys.argv[1])"
-        script = f"""[ "$1" = --version ] && echo Python {version} || exec {sys.executable} -c '{lie}' "$2" """
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        numbers = tuple(map(int, version.split(".")))
+        lie = f"import sys; sys.version_info = {numbers}; exec(sys.argv[1])"
+        answer = f'[ "$1" = --version ] && echo Python {version}'
+        run = f"""exec {sys.executable} -c '{lie}' "$2" """
+        (folder / name).write_text(f"#!/bin/sh\n{answer} || {run}\n")
         (folder / name).chmod(0o755)
     command = [
         shutil.which("make"),

@@ -80,17 +80,18 @@ def item(
     return AssistantMessageItem(id=id, thread_id=thread_id, created_at=created_at, content=content)
 
 
-async def filled(store, count: int, context: dict = {}):
+async def filled(store, count: int, context: dict | None = None):
     """A thread thr_1 with items msg_0 … of one and the same timestamp."""
-    await store.save_thread(thread("thr_1"), context)
+    await store.save_thread(thread("thr_1"), context or {})
     for number in range(count):
-        await store.add_thread_item("thr_1", item(f"msg_{number}"), context)
+        await store.add_thread_item("thr_1", item(f"msg_{number}"), context or {})
 
 
-async def items(store, order: str = "asc", limit: int = 1000, context: dict = {}) -> list[str]:
-    return [
-        row.id for row in (await store.load_thread_items("thr_1", None, limit, order, context)).data
-    ]
+async def items(
+    store, order: str = "asc", limit: int = 1000, context: dict | None = None
+) -> list[str]:
+    page = await store.load_thread_items("thr_1", None, limit, order, context or {})
+    return [row.id for row in page.data]
 
 
 async def test_a_thread_comes_back_as_it_was_saved(store):
@@ -391,7 +392,6 @@ async def test_a_thousand_steps_at_random(store):
                 start = chance.randrange(len(rows) + 1)
                 after = rows[start - 1][0] if start else None
                 page = await store.load_thread_items("thr_1", after, 7, order, {})
-                assert [(row.id, row.content[0].text) for row in page.data] == rows[
-                    start : start + 7
-                ]
+                found = [(row.id, row.content[0].text) for row in page.data]
+                assert found == rows[start : start + 7]
                 assert page.has_more == (start + 7 < len(rows))

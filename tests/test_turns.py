@@ -43,7 +43,10 @@ def again(chat: Chat) -> Chat:
 async def test_a_thread_is_deleted_while_its_reply_streams(
     custom_chat, customised, provider, streamed
 ):
-    """The stream ends with one error event, the provider's connection is closed, and nothing is stored."""
+    """The stream ends with one error event.
+
+    The provider's connection is closed, and nothing is stored.
+    """
     provider.script["go"] = {
         "nothing": [[Silence()]],
         "text": [[Text("one "), Text("two "), Silence()]],
@@ -65,7 +68,10 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
 
 
 async def test_a_thread_is_deleted_between_two_turns_of_one_connection(main):
-    """What an application does in the task of a turn goes on when the turn's thread is deleted later."""
+    """What an application does in the task of a turn goes on.
+
+    It does so when the turn's thread is deleted later.
+    """
     server = main.ChatKitServerImpl(main.MemoryStore())
     ended, deleted = asyncio.Event(), asyncio.Event()
 
@@ -88,7 +94,10 @@ async def test_a_thread_is_deleted_between_two_turns_of_one_connection(main):
 
 @pytest.mark.parametrize("where", ["openai", "sqlite_1"])
 async def test_two_messages_at_the_same_moment(servers, provider, where):
-    """Both are answered. Each model call may see both messages, so it is not known to which of them it replies."""
+    """Both are answered.
+
+    Each model call may see both messages, so it is not known to which of them it replies.
+    """
     chat = Chat(servers(where).url)
     chat.say("hello")
     silence = Silence()
@@ -220,7 +229,8 @@ async def test_a_reply_that_is_stopped_while_it_is_empty(chat, provider):
 # ---- The log line of a turn -----------------------------------------------------
 
 LINE = re.compile(
-    r"INFO:     turn pid=(\d+) thread=(\S+) provider=(\S+) model=(\S+) end=(\S+) first_delta=(?:-|(\d+\.\d{3})s) total=(\d+\.\d{3})s"
+    r"INFO:     turn pid=(\d+) thread=(\S+) provider=(\S+) model=(\S+) end=(\S+)"
+    r" first_delta=(?:-|(\d+\.\d{3})s) total=(\d+\.\d{3})s"
     r" input_tokens=(\S+) output_tokens=(\S+)"
 )
 MODELS = {
@@ -228,7 +238,8 @@ MODELS = {
     "openai": "openai/gpt-4o",
     "anthropic": "anthropic/claude-sonnet-4-6",
 }
-TURNS = {  # steps of the provider; how the turn ends; whether a delta comes; input and output tokens
+# steps of the provider; how the turn ends; whether a delta comes; input and output tokens
+TURNS = {
     "done": ([[Text("Fine.")]], "done", True, "7", "3"),
     "tool": (
         [[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]],
@@ -262,9 +273,8 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
             break
     customised.wait_for(f"thread={custom_chat.thread_id} ", seconds=10)
     (line,) = [line for line in customised.log[start:] if custom_chat.thread_id in line]
-    pid, thread, provider_is, model, ended, first_delta, total, *tokens = LINE.fullmatch(
-        line
-    ).groups()
+    found = LINE.fullmatch(line).groups()
+    pid, thread, provider_is, model, ended, first_delta, total, *tokens = found
     assert int(pid) in processes(customised)
     assert (thread, provider_is, model) == (
         custom_chat.thread_id,

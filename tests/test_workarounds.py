@@ -1,7 +1,8 @@
-"""Faults of the libraries that main.py works around: a test for each row of the README's table, named after the fault.
+"""Faults of the libraries that main.py works around.
 
-This file runs first, and stops the run if one of its tests fails (conftest.py): without a workaround the other tests
-fail as well. To learn whether a workaround is still needed, delete it and run this file.
+There is a test for each row of the README's table, named after the fault. This file runs first, and
+stops the run if one of its tests fails (conftest.py): without a workaround the other tests fail as
+well. To learn whether a workaround is still needed, delete it and run this file.
 """
 
 import asyncio
@@ -27,7 +28,10 @@ pytestmark = pytest.mark.anyio
 
 
 def test_every_id_is_a_placeholder(custom_chat, provider):
-    """Every message that comes through LiteLLM has the id `__fake_id__`: the second would overwrite the first."""
+    """Every message that comes through LiteLLM has the id `__fake_id__`.
+
+    The second message would overwrite the first.
+    """
     provider.script["go"] = [[Text("Let me look. "), ToolCall("clock")], [Text("It is noon.")]]
     replies = done(custom_chat.say("go"))
     assert [text_of(item) for item in replies] == ["Let me look. ", "It is noon."]
@@ -46,7 +50,10 @@ def test_ids_have_32_bits(main):
 
 
 def test_output_text_is_refused(chat, provider):
-    """chatkit converts a reply to it, and openai-agents cannot convert it for LiteLLM: "Unknown content"."""
+    """chatkit converts a reply to it, and openai-agents cannot convert that for LiteLLM.
+
+    It raises "Unknown content".
+    """
     for text in ("one", "two"):
         assert [text_of(item) for item in done(chat.say(text))] == [f"You said: {text}"]
     assert provider.requests[-1].messages[-2] == ("assistant", "You said: one")
@@ -106,7 +113,10 @@ def test_a_canned_reply_has_no_finish_reason(servers):
 
 
 def test_500_equal_chunks(chat, provider):
-    """LiteLLM takes 100 equal chunks for a model in a loop and ends the reply. A table may contain them."""
+    """LiteLLM takes 100 equal chunks for a model in a loop and ends the reply.
+
+    A table may contain them.
+    """
     provider.script["rule"] = [[Text("---")] * 500]
     events = chat.say("rule")
     (reply,) = done(events)
@@ -114,13 +124,17 @@ def test_500_equal_chunks(chat, provider):
 
 
 async def test_a_finalizer_sets_context_variables(main):
-    """The finalizer of a LiteLLM stream sets them. If it runs inside ContextVar.set, Python before 3.12 may crash."""
+    """The finalizer of a LiteLLM stream sets them.
+
+    If it runs inside ContextVar.set, Python before 3.12 may crash.
+    """
     changed = []
 
     def watch(frame, event, function) -> None:
-        if event == "c_call" and function.__name__ in ("set", "reset"):
-            if isinstance(function.__self__, ContextVar):
-                changed.append(function.__self__.name)
+        if event != "c_call" or function.__name__ not in ("set", "reset"):
+            return
+        if isinstance(function.__self__, ContextVar):
+            changed.append(function.__self__.name)
 
     question = [{"role": "user", "content": "go"}]
     stream = await main.litellm.acompletion(
@@ -175,7 +189,10 @@ async def test_a_fast_reply_does_not_block_others(main):
 
 
 async def test_a_run_continues_without_its_reader(main):
-    """The run is a task of its own: the provider would generate, and bill, the rest of the reply."""
+    """The run is a task of its own.
+
+    Without its reader the provider would generate, and bill, the rest of the reply.
+    """
 
     class Endless(Model):
         async def get_response(self, *args, **kwargs):
@@ -192,9 +209,8 @@ async def test_a_run_continues_without_its_reader(main):
         async for _ in await server.process(json.dumps(request).encode(), {}):
             pass
 
-    asyncio.get_running_loop().set_exception_handler(
-        lambda *_: None
-    )  # the abandoned tasks have tests of their own
+    # The abandoned tasks have tests of their own.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     asked, ended = asyncio.Event(), asyncio.Event()
     server = main.ChatKitServerImpl(main.MemoryStore())
     server.agent.model = Endless()
@@ -210,7 +226,10 @@ async def test_a_run_continues_without_its_reader(main):
     "name", ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"]
 )
 async def test_leaving_between_two_chunks(main, provider, name):
-    """LiteLLM 1.106 does not close Anthropic's connection if the stream is abandoned while no chunk is awaited."""
+    """LiteLLM 1.106 does not close the connection to Anthropic then.
+
+    The stream is abandoned while no chunk is awaited.
+    """
     kind = name.partition("/")[0]
     provider.script["go"] = [[Together([Text("one "), Text("two "), Text("three ")]), Silence()]]
     model = main.ProviderModel(model=name, base_url=f"{provider.url}/{kind}", api_key="key")
@@ -237,7 +256,10 @@ async def test_leaving_between_two_chunks(main, provider, name):
 
 
 async def test_leaving_while_a_request_is_prepared(custom_chat, customised):
-    """LiteLLM prepares a request in a thread. Nobody awaits the result: "coroutine ... was never awaited"."""
+    """LiteLLM prepares a request in a thread.
+
+    Nobody awaits the result: "coroutine ... was never awaited".
+    """
     times = customised.log.count("prepared") + 1
     with customised.no_new("never awaited"):
         stream = custom_chat.start("slow to prepare")
@@ -275,7 +297,10 @@ async def test_leaving_while_something_is_sent(main):
 
 
 async def test_a_cancelled_stream_is_cancelled_again(servers, provider):
-    """Starlette cancels every await that follows, so a database driver would store nothing of what was streamed."""
+    """Starlette cancels every await that follows.
+
+    So a database driver would store nothing of what was streamed.
+    """
     provider.script["go"] = [[Thought("Hm. "), Text("one "), Text("two "), Silence()]]
     chat = Chat(servers("sqlite_1").url)
     stream = chat.start("go")
@@ -300,7 +325,10 @@ async def test_reasoning_is_not_stored(chat, provider):
 
 
 async def test_a_message_is_copied_for_each_delta(main, monkeypatch):
-    """chatkit keeps a copy of the message for the case that the stream is cancelled: 15 µs for each delta."""
+    """chatkit keeps a copy of the message for the case that the stream is cancelled.
+
+    That takes 15 µs for each delta.
+    """
     copies = []
     monkeypatch.setattr(
         main.AssistantMessageItem, "model_copy", lambda item, **_: copies.append(item) or item
@@ -332,7 +360,7 @@ async def test_an_abandoned_task(customised, provider):
             stream = chat.start("go")
             next(event for event in stream if event.type == "thread.item.updated")
             stream.close()
-            await until(lambda: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
+            await until(lambda chat=chat: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
             assert httpx.get(f"{customised.url}/collect", verify=NO_TLS).status_code == 200
 
 
@@ -340,7 +368,10 @@ async def test_an_abandoned_task(customised, provider):
 
 
 def test_no_error_event_for_an_error_outside_a_turn(custom_chat, customised, provider):
-    """chatkit sends one for errors within a turn only, not for a Store that cannot store the message."""
+    """chatkit sends one for errors within a turn only.
+
+    It sends none for a Store that cannot store the message.
+    """
     provider.script["go"] = [[Text("more than the disk holds")]]
     for text, kept in ("more than the disk holds", []), ("go", ["go"]):
         error = error_of(custom_chat.say(text))
@@ -359,7 +390,10 @@ async def test_a_type_adapter_per_request(main, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bytez", "oci"])
 def test_two_providers_refuse_stream_options(tmp_path, name):
-    """LiteLLM refuses `stream_options` for them, by which the number of tokens is asked for: every chat would fail."""
+    """LiteLLM refuses `stream_options` for them, by which the number of tokens is asked for.
+
+    Every chat would fail.
+    """
     settings = load_main(tmp_path, {"PROVIDER": name, "MODEL": "m"}).server.agent.model_settings
     options = {"stream_options": {"include_usage": True}} if settings.include_usage else {}
     sent = litellm.utils.get_optional_params("m", custom_llm_provider=name, stream=True, **options)

@@ -6,6 +6,8 @@ Run as a program it is the chat server with this store in MemoryStore's place.
 import asyncio
 import os
 import sqlite3
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from chatkit.store import NotFoundError, Store
 from chatkit.types import Attachment, Page, ThreadItem, ThreadMetadata
@@ -19,14 +21,22 @@ CREATE TABLE IF NOT EXISTS rows (
 );
 CREATE INDEX IF NOT EXISTS lists ON rows (kind, owner, parent, number);
 """
-ADAPTERS = {
-    "Thread": TypeAdapter(ThreadMetadata),
-    "Item": TypeAdapter(ThreadItem),
-    "Attachment": TypeAdapter(Attachment),
-}
+Context = dict[str, str]  # {} or {"user_id": ...}
+Row = TypeVar("Row", ThreadMetadata, ThreadItem, Attachment)
 
 
-class SQLiteStore(Store[dict]):
+@dataclass
+class Kind(Generic[Row]):
+    name: str
+    type: TypeAdapter[Row]
+
+
+THREAD = Kind("Thread", TypeAdapter(ThreadMetadata))
+ITEM = Kind[ThreadItem]("Item", TypeAdapter(ThreadItem))
+ATTACHMENT = Kind[Attachment]("Attachment", TypeAdapter(Attachment))
+
+
+class SQLiteStore(Store[Context]):
     """Threads, items and attachments as rows of one table; an item's parent is its thread."""
 
     def __init__(self, path: str) -> None:
@@ -35,102 +45,111 @@ class SQLiteStore(Store[dict]):
 
     # ---- rows
 
-    def number(self, kind: str, id: str, context: dict, parent: str = "") -> tuple[int, str]:
-        found = self.database.execute(
+    def find(self, kind: Kind[Row], id: str, context: Context, parent: str = "") -> tuple[int, str]:
+        """Return the row's number and its JSON."""
+        found: tuple[int, str] | None = self.database.execute(
             "SELECT number, json FROM rows WHERE kind = ? AND parent = ? AND id = ? AND owner = ?",
-            (kind, parent, id, context.get("user_id", "")),
+            (kind.name, parent, id, context.get("user_id", "")),
         ).fetchone()
         if found is None:
-            raise NotFoundError(f"{kind} {id} not found")
+            raise NotFoundError(f"{kind.name} {id} not found")
         return found
 
-    def load(self, kind: str, id: str, context: dict, parent: str = ""):
-        return ADAPTERS[kind].validate_json(self.number(kind, id, context, parent)[1])
+    def load(self, kind: Kind[Row], id: str, context: Context, parent: str = "") -> Row:
+        _, json = self.find(kind, id, context, parent)
+        return kind.type.validate_json(json)
 
-    def save(self, kind: str, value, context: dict, parent: str = "") -> None:
+    def save(self, kind: Kind[Row], row: Row, context: Context, parent: str = "") -> None:
         owner = context.get("user_id", "")
+        json = row.model_dump_json(exclude={"items"} if kind.name == "Thread" else None)
         changed = self.database.execute(
             "INSERT INTO rows (kind, owner, parent, id, json) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (kind, parent, id) DO UPDATE SET json = excluded.json WHERE owner = excluded.owner",
-            (
-                kind,
-                owner,
-                parent,
-                value.id,
-                value.model_dump_json(exclude={"items"} if kind == "Thread" else None),
-            ),
+            "ON CONFLICT (kind, parent, id) DO UPDATE SET json = excluded.json "
+            "WHERE owner = excluded.owner",
+            (kind.name, owner, parent, row.id, json),
         ).rowcount
         if not changed:
-            raise NotFoundError(f"{kind} {value.id} not found")
+            raise NotFoundError(f"{kind.name} {row.id} not found")
 
-    def delete(self, kind: str, id: str, context: dict, parent: str = "") -> int:
+    def delete(self, kind: Kind[Row], id: str, context: Context, parent: str = "") -> int:
         return self.database.execute(
             "DELETE FROM rows WHERE kind = ? AND parent = ? AND id = ? AND owner = ?",
-            (kind, parent, id, context.get("user_id", "")),
+            (kind.name, parent, id, context.get("user_id", "")),
         ).rowcount
 
     def page(
-        self, kind: str, after: str | None, limit: int, order: str, context: dict, parent: str = ""
-    ) -> Page:
+        self,
+        kind: Kind[Row],
+        after: str | None,
+        limit: int,
+        order: str,
+        context: Context,
+        parent: str = "",
+    ) -> Page[Row]:
+        comparison, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
         beyond, limit = "", min(limit, 2**31)
         if after:
-            beyond = f"AND number {'>' if order == 'asc' else '<'} {self.number(kind, after, context, parent)[0]}"
+            number, _ = self.find(kind, after, context, parent)
+            beyond = f"AND number {comparison} {number}"
         found = self.database.execute(
             f"SELECT json FROM rows WHERE kind = ? AND parent = ? AND owner = ? {beyond} "
-            f"ORDER BY number {'ASC' if order == 'asc' else 'DESC'} LIMIT ?",
-            (kind, parent, context.get("user_id", ""), limit + 1),
+            f"ORDER BY number {direction} LIMIT ?",
+            (kind.name, parent, context.get("user_id", ""), limit + 1),
         ).fetchall()
-        data = [ADAPTERS[kind].validate_json(row) for (row,) in found[:limit]]
+        data = [kind.type.validate_json(json) for (json,) in found[:limit]]
         more = len(found) > limit
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     # ---- chatkit's Store
 
-    async def load_thread(self, thread_id, context):
-        return self.load("Thread", thread_id, context)
+    async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
+        return self.load(THREAD, thread_id, context)
 
-    async def save_thread(self, thread, context):
-        self.save("Thread", thread, context)
+    async def save_thread(self, thread: ThreadMetadata, context: Context) -> None:
+        self.save(THREAD, thread, context)
 
-    async def load_threads(self, limit, after, order, context):
-        return self.page("Thread", after, limit, order, context)
+    async def load_threads(
+        self, limit: int, after: str | None, order: str, context: Context
+    ) -> Page[ThreadMetadata]:
+        return self.page(THREAD, after, limit, order, context)
 
-    async def delete_thread(self, thread_id, context):
-        if self.delete("Thread", thread_id, context):
+    async def delete_thread(self, thread_id: str, context: Context) -> None:
+        if self.delete(THREAD, thread_id, context):
             self.database.execute("DELETE FROM rows WHERE parent = ?", (thread_id,))
 
-    async def load_thread_items(self, thread_id, after, limit, order, context):
+    async def load_thread_items(
+        self, thread_id: str, after: str | None, limit: int, order: str, context: Context
+    ) -> Page[ThreadItem]:
         try:
-            self.number("Thread", thread_id, context)
+            self.find(THREAD, thread_id, context)
         except NotFoundError:
             return Page()
-        return self.page("Item", after, limit, order, context, thread_id)
+        return self.page(ITEM, after, limit, order, context, thread_id)
 
-    async def add_thread_item(self, thread_id, item, context):
-        await asyncio.sleep(
-            0
-        )  # the driver of a database on a network waits here, and may be cancelled
-        self.number("Thread", thread_id, context)
-        self.save("Item", item, context, thread_id)
+    async def add_thread_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
+        # The driver of a database on a network waits here, and may be cancelled.
+        await asyncio.sleep(0)
+        self.find(THREAD, thread_id, context)
+        self.save(ITEM, item, context, thread_id)
 
-    async def save_item(self, thread_id, item, context):
+    async def save_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
         await self.add_thread_item(thread_id, item, context)
 
-    async def load_item(self, thread_id, item_id, context):
-        self.number("Thread", thread_id, context)
-        return self.load("Item", item_id, context, thread_id)
+    async def load_item(self, thread_id: str, item_id: str, context: Context) -> ThreadItem:
+        self.find(THREAD, thread_id, context)
+        return self.load(ITEM, item_id, context, thread_id)
 
-    async def delete_thread_item(self, thread_id, item_id, context):
-        self.delete("Item", item_id, context, thread_id)
+    async def delete_thread_item(self, thread_id: str, item_id: str, context: Context) -> None:
+        self.delete(ITEM, item_id, context, thread_id)
 
-    async def save_attachment(self, attachment, context):
-        self.save("Attachment", attachment, context)
+    async def save_attachment(self, attachment: Attachment, context: Context) -> None:
+        self.save(ATTACHMENT, attachment, context)
 
-    async def load_attachment(self, attachment_id, context):
-        return self.load("Attachment", attachment_id, context)
+    async def load_attachment(self, attachment_id: str, context: Context) -> Attachment:
+        return self.load(ATTACHMENT, attachment_id, context)
 
-    async def delete_attachment(self, attachment_id, context):
-        self.delete("Attachment", attachment_id, context)
+    async def delete_attachment(self, attachment_id: str, context: Context) -> None:
+        self.delete(ATTACHMENT, attachment_id, context)
 
 
 if __name__ == "__main__":

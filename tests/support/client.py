@@ -24,14 +24,16 @@ PATH = os.environ["PATH"]
 SUPPORT = Path(__file__).resolve().parent
 EXAMPLES = SUPPORT.parent / "examples"
 ROOT = SUPPORT.parent.parent
-NO_TLS = ssl.SSLContext(
-    ssl.PROTOCOL_TLS_CLIENT
-)  # by default each client of httpx loads all certificates, for 26 ms
+# By default each client of httpx loads all certificates, which takes 26 ms.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
-def load_main(folder: Path, settings: dict[str, str] = {}):
-    """main.py as a module of this process: a copy, with no .env beside it, and PROVIDER=mock unless set."""
+def load_main(folder: Path, settings: dict[str, str] | None = None):
+    """main.py as a module of this process: a copy, with no .env beside it.
+
+    PROVIDER is mock unless `settings` say otherwise.
+    """
     (folder / "backend").mkdir(parents=True)
     path = shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py")
     spec = importlib.util.spec_from_file_location("main", path)
@@ -39,7 +41,9 @@ def load_main(folder: Path, settings: dict[str, str] = {}):
     environment = dict(os.environ)
     try:
         os.environ.clear()
-        os.environ.update({"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **settings})
+        os.environ.update(
+            {"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **(settings or {})}
+        )
         spec.loader.exec_module(module)
     finally:
         os.environ.clear()
@@ -57,7 +61,11 @@ POSTGRES_CHANGES = {
     "store = MemoryStore()": """
 from postgres_store import PostgresStore
 
-store = PostgresStore(os.environ["DATABASE_URL"], int(os.getenv("POOL_SIZE", "10")), float(os.getenv("POOL_TIMEOUT", "30")))
+store = PostgresStore(
+    os.environ["DATABASE_URL"],
+    int(os.getenv("POOL_SIZE", "10")),
+    float(os.getenv("POOL_TIMEOUT", "30")),
+)
 """
 }
 
@@ -66,7 +74,8 @@ class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
-    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the README says.
+    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the
+    README says.
     With `fork`: a fork of a process that has done the imports (forked.py).
     With `changes`: parts of main.py and what replaces them."""
 
@@ -75,14 +84,14 @@ class Server:
         folder: Path,
         environment: dict[str, str],
         program: Path | None = None,
-        workers=0,
-        fork=False,
-        changes={},
+        workers: int = 0,
+        fork: bool = False,
+        changes: dict[str, str] | None = None,
     ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
         code = (ROOT / "backend" / "main.py").read_text()
-        for old, new in {**changes, **(POSTGRES_CHANGES if workers else {})}.items():
+        for old, new in {**(changes or {}), **(POSTGRES_CHANGES if workers else {})}.items():
             assert code.count(old) == 1, old
             code = code.replace(old, new)
         main.write_text(code)

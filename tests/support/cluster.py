@@ -1,4 +1,7 @@
-"""A throw-away PostgreSQL cluster for the tests. Run as a program, it prints one line if PostgreSQL is not installed."""
+"""A throw-away PostgreSQL cluster for the tests.
+
+Run as a program, it prints one line if PostgreSQL is not installed.
+"""
 
 import os
 import pwd
@@ -11,13 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-FOLDERS = [  # of Debian and Ubuntu, Fedora and Red Hat, Homebrew on arm64 and x86-64, and the EDB installers
+# Of Debian and Ubuntu, Fedora and Red Hat, Homebrew on arm64 and x86-64, and the EDB installers.
+FOLDERS = [
     *("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin"),
     *("/usr/local/opt/postgresql*/bin", "/Library/PostgreSQL/*/bin"),
 ]
 MISSING = (
-    "PostgreSQL is not on this machine: install it (apt install postgresql, dnf install postgresql-server, "
-    "brew install postgresql) or set DATABASE_URL to a database in which the tests may create schemas."
+    "PostgreSQL is not on this machine: install it (apt install postgresql, "
+    "dnf install postgresql-server, brew install postgresql) or set DATABASE_URL to a database "
+    "in which the tests may create schemas."
 )
 
 
@@ -34,7 +39,10 @@ def binaries() -> Path | None:
 
 
 class Cluster:
-    """A cluster in a temporary folder, on a free loopback port. PostgreSQL refuses to run as root: `postgres` runs it."""
+    """A cluster in a temporary folder, on a free loopback port.
+
+    PostgreSQL refuses to run as root: `postgres` runs it.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -56,10 +64,10 @@ class Cluster:
 
     def run(self, program: str, *arguments: str) -> subprocess.Popen:
         command = [str(binaries() / program), "-D", str(self.folder / "data"), *arguments]
-        output = open(self.folder / "log", "a")
-        return subprocess.Popen(
-            command, user=self.user, cwd=self.folder, stdout=output, stderr=output
-        )
+        with open(self.folder / "log", "a") as output:
+            return subprocess.Popen(
+                command, user=self.user, cwd=self.folder, stdout=output, stderr=output
+            )
 
     def start(self) -> None:
         settings = {
@@ -91,7 +99,10 @@ class Cluster:
 
 
 class Database:
-    """The database of DATABASE_URL, or a throw-away cluster; each test or server has a schema of its own in it."""
+    """The database of DATABASE_URL, or a throw-away cluster.
+
+    Each test or server has a schema of its own in it.
+    """
 
     def __enter__(self) -> "Database":
         theirs = os.environ.get("DATABASE_URL")

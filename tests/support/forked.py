@@ -1,6 +1,7 @@
-"""Server processes forked from one that has done the imports already: they take seconds in each new process.
+"""Server processes forked from one that has done the imports already.
 
-A forked server still runs its program from the first line, as `__main__`, with an environment made from scratch.
+They take seconds in each new process. A forked server still runs its program from the first line,
+as `__main__`, with an environment made from scratch.
 """
 
 import multiprocessing
@@ -18,7 +19,10 @@ context.set_forkserver_preload(["warm"])
 
 
 def warm_up() -> None:
-    """Start the forkserver, with no variable but these. It does its imports while this process goes on."""
+    """Start the forkserver, with no variable but these.
+
+    It does its imports while this process goes on.
+    """
     environment = dict(os.environ)
     os.environ.clear()
     os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(SUPPORT)})
@@ -32,7 +36,8 @@ def run(program: str, environment: dict[str, str], folder: str, output) -> None:
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -55,7 +60,7 @@ class Forked:
         self.process.start()
         writer.close()
         self.pid = self.process.pid
-        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
         reader.close()
 
     def poll(self) -> int | None:

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -126,7 +127,7 @@ def sse(data, event: str = "") -> bytes:
 class Gemini:
     """https://ai.google.dev/api/generate-content: POST models/…:streamGenerateContent?alt=sse"""
 
-    status = {
+    status: ClassVar[dict[str, int]] = {
         "key": 400,
         "forbidden": 403,
         "model": 404,
@@ -135,14 +136,15 @@ class Gemini:
         "policy": 400,
         "server": 503,
     }
-    words = {
+    words: ClassVar[dict[str, tuple[str, str]]] = {
         "key": ("INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."),
         "forbidden": ("PERMISSION_DENIED", "Your API key does not have permission."),
         "model": ("NOT_FOUND", "models/nope is not found for API version v1beta."),
         "rate": ("RESOURCE_EXHAUSTED", "You exceeded your current quota."),
         "long": (
             "INVALID_ARGUMENT",
-            "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+            "The input token count (1200000) exceeds the maximum number of tokens allowed "
+            "(1048576).",
         ),
         "policy": (
             "INVALID_ARGUMENT",
@@ -246,7 +248,7 @@ class Gemini:
 class OpenAI:
     """https://platform.openai.com/docs/api-reference/chat/streaming: POST chat/completions"""
 
-    status = {
+    status: ClassVar[dict[str, int]] = {
         "key": 401,
         "forbidden": 403,
         "model": 404,
@@ -255,7 +257,7 @@ class OpenAI:
         "policy": 400,
         "server": 503,
     }
-    words = {
+    words: ClassVar[dict[str, tuple[str, str]]] = {
         "key": ("invalid_api_key", "Incorrect API key provided: sk-secret."),
         "forbidden": (
             "unsupported_country_region_territory",
@@ -268,7 +270,8 @@ class OpenAI:
         "rate": ("rate_limit_exceeded", "Rate limit reached for gpt-4o."),
         "long": (
             "context_length_exceeded",
-            "This model's maximum context length is 128000 tokens. However, your messages resulted in 130000 tokens.",
+            "This model's maximum context length is 128000 tokens. "
+            "However, your messages resulted in 130000 tokens.",
         ),
         "policy": (
             "content_policy_violation",
@@ -389,7 +392,7 @@ class OpenAI:
 class Anthropic:
     """https://docs.anthropic.com/en/api/messages-streaming: POST v1/messages"""
 
-    status = {
+    status: ClassVar[dict[str, int]] = {
         "key": 401,
         "forbidden": 403,
         "model": 404,
@@ -398,7 +401,7 @@ class Anthropic:
         "policy": 400,
         "server": 529,
     }
-    words = {
+    words: ClassVar[dict[str, tuple[str, str]]] = {
         "key": ("authentication_error", "invalid x-api-key"),
         "forbidden": (
             "permission_error",
@@ -611,7 +614,7 @@ class Provider:
                     case Pause(seconds):
                         await asyncio.sleep(seconds)
                     case Silence():
-                        while not step.end.is_set():
+                        while not step.end.is_set():  # noqa: ASYNC110 - set by another thread
                             await asyncio.sleep(0.02)
                     case Cut():
                         raise ConnectionError("cut on purpose")
@@ -659,7 +662,8 @@ class Provider:
         self.thread.join(10)
 
 
-# Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it is used again.
+# Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it
+# is used again.
 OPTIONS = {"log_level": "critical", "lifespan": "off", "timeout_keep_alive": 600}
 
 
