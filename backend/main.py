@@ -20,14 +20,35 @@ Routes   POST /chatkit             ChatKit's protocol: JSON, or a stream of serv
          GET  /health              {"status": "ok"}
          GET  /debug/threads       {thread id: {"items": [{"id", "type", "content"?}], "count"}}
 
-Settings PROVIDER, MODEL, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY, HOST, PORT,
-         ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env; see .env.example
+Settings PROVIDER, MODEL, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY,
+         HOST, PORT, ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env;
+         see .env.example
 
-Limits   threads are kept in memory, by one process; the model sees the newest HISTORY_ITEMS items of a thread;
-         a request body has at most MAX_BODY_BYTES
+Limits   threads are kept in memory, by one process; the model sees the newest HISTORY_ITEMS
+         items of a thread; a request body has at most MAX_BODY_BYTES
 
-Several functions below work around faults of the libraries. README.md lists each, with the test that fails without it.
+The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it is one turn.
+
+         Process-wide effects      what importing this file changes outside of it
+         Settings                  constants, then environment variables
+         Store                     MemoryStore: threads, items and attachments
+         Model                     ProviderModel: LiteLLM with time limits and readable faults
+         Server                    Turn: the task of one reply
+                                   ChatKitServerImpl: checks a request, then answers it
+                                   with_...: the stages that a turn's events pass through
+         Routes                    the FastAPI app
+         Start                     uvicorn
+
+To change the instructions: INSTRUCTIONS. The agent and its tools: ChatKitServerImpl.__init__.
+Who is asking: request_context. What the model is told: ChatKitServerImpl.history and Converter.
+The database: `store = `. The texts of faults: FAULTS.
+
+Some functions work around faults of the libraries. The README lists each of them, with the test
+that fails without it.
 """
+# ruff: noqa: E402 (LiteLLM and openai-agents read environment variables when they are imported)
+
+from __future__ import annotations
 
 import asyncio
 import gc
@@ -36,235 +57,461 @@ import logging
 import os
 import secrets
 import signal
-import sys
+import threading
 import time
 import warnings
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 from dotenv import load_dotenv
 
+# ---- Process-wide effects ------------------------------------------------------------------------
+
+# Importing this file changes these things for the whole process, and nothing else.
+
 ROOT_DIR = Path(__file__).resolve().parent.parent
 load_dotenv(ROOT_DIR / ".env")
-# Both are read at import. Otherwise LiteLLM downloads its price map, and openai-agents uploads traces of every chat.
+# LiteLLM would download its price map when it is imported.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+# openai-agents would upload traces of every chat to OpenAI.
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
-gc.disable()  # the imports create 400,000 objects: collecting garbage meanwhile takes a third of the startup time
+
+
+def remove_blank_keys() -> None:
+    """LiteLLM would send a blank key to the provider. docker compose leaves them."""
+    for name, value in list(os.environ.items()):
+        if name.endswith("_API_KEY") and not value.strip():
+            del os.environ[name]
+
+
+remove_blank_keys()
+
+import litellm
+
+# LiteLLM would print "Give Feedback / Get Help" when a call fails.
+litellm.suppress_debug_info = True
+# LiteLLM ends a stream after 100 equal chunks. A long table rule has more of them.
+litellm.REPEATED_STREAMING_CHUNK_LIMIT = 2**63  # type: ignore[attr-defined]  # untyped
+# This finalizer sets context variables. Before Python 3.12 it may run inside ContextVar.set, and
+# crash the process.
+litellm.CustomStreamWrapper.__del__ = lambda stream: None
+# LiteLLM prepares a request in a thread. If the turn is stopped meanwhile, Python warns that nobody
+# awaits the result.
+warnings.filterwarnings(
+    "ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited", RuntimeWarning
+)
+
+# ---- End of the process-wide effects -------------------------------------------------------------
 
 import anyio
-import litellm
-from agents import Agent, ModelBehaviorError, ModelRefusalError, ModelSettings, Runner, RunResultStreaming
-from agents import InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
+from agents import (
+    Agent,
+    InputGuardrailTripwireTriggered,
+    Model,
+    ModelBehaviorError,
+    ModelProvider,
+    ModelRefusalError,
+    ModelSettings,
+    OutputGuardrailTripwireTriggered,
+    RunConfig,
+    Runner,
+    RunResultStreaming,
+    TResponseInputItem,
+)
 from agents.extensions.models.litellm_model import LitellmModel
-from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
+from agents.items import TResponseStreamEvent
+from agents.models import get_default_model_settings
+from chatkit.agents import (
+    AgentContext,
+    ThreadItemConverter,
+    stream_agent_response,
+)
 from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContent, AssistantMessageItem, Attachment, ChatKitReq, ErrorEvent, Page, ProgressUpdateEvent,
-    StreamOptionsEvent, ThreadItem, ThreadItemDoneEvent, ThreadItemRemovedEvent, ThreadMetadata, ThreadStreamEvent,
-    UserMessageInput, UserMessageItem, UserMessageTagContent, is_streaming_req)  # fmt: skip
+    AssistantMessageContentPartAdded,
+    AssistantMessageContentPartAnnotationAdded,
+    AssistantMessageContentPartDone,
+    AssistantMessageContentPartTextDelta,
+    AssistantMessageItem,
+    Attachment,
+    ChatKitReq,
+    ErrorEvent,
+    Page,
+    ProgressUpdateEvent,
+    StreamOptionsEvent,
+    ThreadItem,
+    ThreadItemDoneEvent,
+    ThreadItemRemovedEvent,
+    ThreadItemUpdate,
+    ThreadMetadata,
+    ThreadStreamEvent,
+    UserMessageInput,
+    UserMessageItem,
+    UserMessageTagContent,
+    is_streaming_req,
+)
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, PositiveFloat, TypeAdapter, ValidationError, conint
+from litellm.exceptions import ContentPolicyViolationError, ContextWindowExceededError
+from openai.types.responses import (
+    ResponseInputTextParam,
+    ResponseReasoningSummaryTextDoneEvent,
+)
+from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.types import Send
 
-gc.freeze()  # keeps full collections from scanning those objects again: a twentieth of a stream's CPU time
-gc.enable()
-
-# ---- Settings --------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 INSTRUCTIONS = "You are a helpful assistant."
-MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key to talk to a model."
+MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
+TITLE_LENGTH = 60  # a thread is named after so many characters of its first message
 MAX_BODY_BYTES = 4 * 1024 * 1024
-SILENCE_SECONDS = 15  # an idle stream sends a heartbeat after this time; many proxies close it after 60
+SILENCE_SECONDS = 15  # a silent stream then sends a heartbeat; many proxies close it after 60
 SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM
 
 
-def setting(name: str, default: str, kind: type = str):
-    """Return the environment variable as `kind`; a blank one counts as unset. An invalid one stops the start."""
+def setting(name: str, default: str, kind: Any = str) -> Any:
+    """Return the environment variable as `kind`; a blank one counts as unset.
+
+    An invalid one stops the start with one line.
+    """
+    text = os.getenv(name, "").strip() or default
     try:
-        return TypeAdapter(kind).validate_python(os.getenv(name, "").strip() or default)
+        return TypeAdapter(kind).validate_python(text)
     except ValidationError as error:
-        raise SystemExit(f"{name}={os.environ[name]!r}: {error.errors()[0]['msg']}.") from None
+        raise SystemExit(f"{name}={text!r}: {error.errors()[0]['msg']}.") from None
 
 
-PROVIDER = setting("PROVIDER", "gemini").lower()
-MODEL = setting("MODEL", "auto")
-MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk from the model
-HOST = setting("HOST", "0.0.0.0")
-PORT = setting("PORT", "8000", conint(gt=0, lt=65_536))
+def parse_tokens(text: str) -> dict[str, str]:
+    """Return {token: user} for the text "user:token,user:token". Stops the start if it is not."""
+    tokens: dict[str, str] = {}
+    for entry in text.split(",") if text else []:
+        user, _, token = (part.strip() for part in entry.partition(":"))
+        if not user or not token or ":" in token or token in tokens:
+            raise SystemExit(
+                "CHATKIT_TOKENS is not of the form user:token,user:token, each token once."
+            )
+        tokens[token] = user
+    return tokens
+
+
+PROVIDER: str = setting("PROVIDER", "gemini").lower()
+MODEL: str = setting("MODEL", "auto")
+MODEL_TIMEOUT: float = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
+HOST: str = setting("HOST", "0.0.0.0")
+PORT: int = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
 ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").split(",")]
-tokens = setting("CHATKIT_TOKENS", "").replace(" ", "")
-USERS = [entry.split(":") for entry in tokens.split(",")] if tokens else []
-TOKENS = {entry[-1]: entry[0] for entry in USERS}  # token -> user
-if len(TOKENS) < len(USERS) or not all(len(entry) == 2 and all(entry) for entry in USERS):
-    raise SystemExit("CHATKIT_TOKENS is not of the form user:token,user:token, each token once.")
+TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))
 logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
-# ---- Store -----------------------------------------------------------------------------------------------------------
+# ---- Store ---------------------------------------------------------------------------------------
 
-TYPES = {"Thread": TypeAdapter(ThreadMetadata), "Item": TypeAdapter(ThreadItem), "Attachment": TypeAdapter(Attachment)}
+Context = dict[str, Any]  # {} or {"user_id": ...}; see request_context
+Stored = TypeVar("Stored", ThreadMetadata, ThreadItem, Attachment)
 
 
-class Table(dict[str, tuple[int, bytes]]):
-    """Rows by id, each with its number and its JSON, so that callers never share an object with the store.
+THREAD = TypeAdapter(ThreadMetadata)
+ITEM: TypeAdapter[ThreadItem] = TypeAdapter(ThreadItem)
+ATTACHMENT: TypeAdapter[Attachment] = TypeAdapter(Attachment)
 
-    A row's number is its place in the order of addition and never changes, so a binary search finds it: a page takes
-    as long with 100,000 rows as with 100. Raises NotFoundError for an unknown id.
+
+class Row(NamedTuple):
+    """A stored object. Its number tells its place in the order of addition, and never changes."""
+
+    number: int
+    id: str
+    json: bytes
+
+
+class Table(Generic[Stored]):
+    """Rows in the order in which they were added, as JSON: callers share no object with the store.
+
+    Rows are sorted by number, so a binary search finds one: a page takes as long with 100,000 rows
+    as with 100. Raises NotFoundError for an unknown id.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind, self.ids = kind, []  # the ids in the order of their numbers
+    def __init__(self, kind: str, adapter: TypeAdapter[Any]) -> None:
+        self.kind = kind
+        self.adapter = adapter
+        self.rows: list[Row] = []
+        self.numbers: dict[str, int] = {}  # by id
 
-    def __missing__(self, id: str):
-        raise NotFoundError(f"{self.kind} {id} not found")
+    def __contains__(self, id: str) -> bool:
+        return id in self.numbers
 
-    def index(self, id: str) -> int:
-        return bisect_left(self.ids, self[id][0], key=lambda id: self[id][0])
+    def place(self, id: str) -> int:
+        """Return the index of the row in `rows`."""
+        if id not in self.numbers:
+            raise NotFoundError(f"{self.kind} {id} not found")
+        return bisect_left(self.rows, self.numbers[id], key=attrgetter("number"))
 
-    def load(self, id: str):
-        return TYPES[self.kind].validate_json(self[id][1])
+    def load(self, id: str) -> Stored:
+        value: Stored = self.adapter.validate_json(self.rows[self.place(id)].json)
+        return value
 
-    def save(self, row: BaseModel) -> None:
-        """Add the row, or replace the one with its id in place."""
-        if row.id not in self:
-            self[row.id] = self[self.ids[-1]][0] + 1 if self.ids else 0, b""
-            self.ids.append(row.id)
-        self[row.id] = self[row.id][0], TYPES[self.kind].dump_json(row)
+    def save(self, value: Stored) -> None:
+        """Add the object, or replace the one with its id in place."""
+        json = self.adapter.dump_json(value)
+        if value.id in self:
+            place = self.place(value.id)
+            self.rows[place] = self.rows[place]._replace(json=json)
+        else:
+            number = self.rows[-1].number + 1 if self.rows else 0
+            self.rows.append(Row(number, value.id, json))
+            self.numbers[value.id] = number
 
     def delete(self, id: str) -> None:
+        """Delete the row. An unknown id is ignored."""
         if id in self:
-            del self.ids[self.index(id)], self[id]
+            del self.rows[self.place(id)]
+            del self.numbers[id]
 
-    def page(self, after: str | None, limit: int, order: str) -> Page:
-        places = range(len(self.ids))[:: 1 if order == "asc" else -1]
-        start = places.index(self.index(after)) + 1 if after else 0
-        ids, more = [self.ids[place] for place in places[start : start + limit]], start + limit < len(places)
-        return Page(data=[self.load(id) for id in ids], has_more=more, after=ids[-1] if more else None)
+    def page(self, after: str | None, limit: int, order: str) -> Page[Stored]:
+        if order == "asc":
+            start = self.place(after) + 1 if after else 0
+            rows = self.rows[start : start + limit]
+            has_more = start + limit < len(self.rows)
+        else:
+            end = self.place(after) if after else len(self.rows)
+            rows = self.rows[max(end - limit, 0) : end][::-1]
+            has_more = end > limit
+        data = [self.adapter.validate_json(row.json) for row in rows]
+        return Page(data=data, has_more=has_more, after=rows[-1].id if has_more else None)
 
 
-class MemoryStore(Store[dict]):
-    """chatkit's Store in memory: replace this class to use a database (tests/test_store.py is its contract).
+class MemoryStore(Store[Context]):
+    """chatkit's Store in memory: replace this class to use a database.
 
-    The context is {} or {"user_id": ...}: users see their own threads and attachments only. Raises NotFoundError for
-    what is missing, but a missing thread has an empty page of items, and deleting twice is allowed, as in chatkit.
+    tests/test_store.py is its contract. Users see their own threads and attachments only. Raises
+    NotFoundError for what is missing; but a missing thread has an empty page of items, and
+    deleting twice is allowed, as in chatkit.
     """
 
     def __init__(self) -> None:
-        self._threads: dict[str, Table] = {}  # thread id -> its items
-        self._tables: dict[tuple, Table] = {}  # (kind, user) -> that user's threads or attachments
+        self._threads: dict[str, Table[ThreadItem]] = {}  # thread id -> its items
+        self._threads_by_user: dict[str | None, Table[ThreadMetadata]] = {}
+        self._attachments_by_user: dict[str | None, Table[Attachment]] = {}
 
-    def _table(self, kind: str, context: dict) -> Table:
-        return self._tables.setdefault((kind, context.get("user_id")), Table(kind))
+    def _threads_of(self, context: Context) -> Table[ThreadMetadata]:
+        user = context.get("user_id")
+        if user not in self._threads_by_user:
+            self._threads_by_user[user] = Table("Thread", THREAD)
+        return self._threads_by_user[user]
 
-    def _items(self, thread_id: str, context: dict) -> Table:
-        self._table("Thread", context)[thread_id]  # raises NotFoundError
+    def _attachments_of(self, context: Context) -> Table[Attachment]:
+        user = context.get("user_id")
+        if user not in self._attachments_by_user:
+            self._attachments_by_user[user] = Table("Attachment", ATTACHMENT)
+        return self._attachments_by_user[user]
+
+    def _items_of(self, thread_id: str, context: Context) -> Table[ThreadItem]:
+        """Return the thread's items. Raises NotFoundError if it is missing or another user's."""
+        self._threads_of(context).place(thread_id)
         return self._threads[thread_id]
 
-    def generate_thread_id(self, context: dict) -> str:
-        return self.generate_item_id("thread", None, context)
+    def generate_thread_id(self, context: Context) -> str:
+        return unique_id("thread")
 
-    def generate_item_id(self, item_type: StoreItemType, thread: ThreadMetadata | None, context: dict) -> str:
-        # chatkit's 32-bit ids collide after about 77,000 threads. These have its prefixes and 128 random bits.
-        return f"{default_generate_id(item_type).split('_')[0]}_{secrets.token_hex(16)}"
+    def generate_item_id(
+        self, item_type: StoreItemType, thread: ThreadMetadata, context: Context
+    ) -> str:
+        return unique_id(item_type)
 
-    async def load_thread(self, thread_id: str, context: dict) -> ThreadMetadata:
-        return self._table("Thread", context).load(thread_id)
+    async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
+        return self._threads_of(context).load(thread_id)
 
-    async def save_thread(self, thread: ThreadMetadata, context: dict) -> None:
+    async def save_thread(self, thread: ThreadMetadata, context: Context) -> None:
         if thread.id in self._threads:
-            self._items(thread.id, context)  # raises NotFoundError if it belongs to another user
-        self._threads.setdefault(thread.id, Table("Item"))
-        self._table("Thread", context).save(thread)
+            self._items_of(thread.id, context)  # raises NotFoundError if it is another user's
+        else:
+            self._threads[thread.id] = Table("Item", ITEM)
+        self._threads_of(context).save(thread)
 
-    async def load_threads(self, limit: int, after: str | None, order: str, context: dict) -> Page[ThreadMetadata]:
-        return self._table("Thread", context).page(after, limit, order)
+    async def load_threads(
+        self, limit: int, after: str | None, order: str, context: Context
+    ) -> Page[ThreadMetadata]:
+        return self._threads_of(context).page(after, limit, order)
 
-    async def delete_thread(self, thread_id: str, context: dict) -> None:
-        if thread_id in self._table("Thread", context):
-            self._table("Thread", context).delete(thread_id)
+    async def delete_thread(self, thread_id: str, context: Context) -> None:
+        if thread_id in self._threads_of(context):
+            self._threads_of(context).delete(thread_id)
             del self._threads[thread_id]
 
-    async def load_thread_items(self, thread_id: str, after: str | None, limit: int, order: str, context: dict) -> Page:
-        known = thread_id in self._table("Thread", context)
-        return self._threads[thread_id].page(after, limit, order) if known else Page()
+    async def load_thread_items(
+        self, thread_id: str, after: str | None, limit: int, order: str, context: Context
+    ) -> Page[ThreadItem]:
+        if thread_id not in self._threads_of(context):
+            return Page()
+        return self._threads[thread_id].page(after, limit, order)
 
-    async def add_thread_item(self, thread_id: str, item: ThreadItem, context: dict) -> None:
-        self._items(thread_id, context).save(item)
+    async def add_thread_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
+        self._items_of(thread_id, context).save(item)
 
-    save_item = add_thread_item  # both add an item or replace it in place
+    async def save_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
+        self._items_of(thread_id, context).save(item)
 
-    async def load_item(self, thread_id: str, item_id: str, context: dict) -> ThreadItem:
-        return self._items(thread_id, context).load(item_id)
+    async def load_item(self, thread_id: str, item_id: str, context: Context) -> ThreadItem:
+        return self._items_of(thread_id, context).load(item_id)
 
-    async def delete_thread_item(self, thread_id: str, item_id: str, context: dict) -> None:
+    async def delete_thread_item(self, thread_id: str, item_id: str, context: Context) -> None:
         with suppress(NotFoundError):
-            self._items(thread_id, context).delete(item_id)
+            self._items_of(thread_id, context).delete(item_id)
 
-    async def save_attachment(self, attachment: Attachment, context: dict) -> None:
-        self._table("Attachment", context).save(attachment)
+    async def save_attachment(self, attachment: Attachment, context: Context) -> None:
+        self._attachments_of(context).save(attachment)
 
-    async def load_attachment(self, attachment_id: str, context: dict) -> Attachment:
-        return self._table("Attachment", context).load(attachment_id)
+    async def load_attachment(self, attachment_id: str, context: Context) -> Attachment:
+        return self._attachments_of(context).load(attachment_id)
 
-    async def delete_attachment(self, attachment_id: str, context: dict) -> None:
-        self._table("Attachment", context).delete(attachment_id)
+    async def delete_attachment(self, attachment_id: str, context: Context) -> None:
+        self._attachments_of(context).delete(attachment_id)
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
+def unique_id(item_type: StoreItemType) -> str:
+    """Return an id with chatkit's prefix (`thr_`, `msg_`, ...) and 128 random bits.
 
-# What MODEL=auto selects. The template's gemini-2.0-flash and claude-3-sonnet-20240229 have been shut down.
-DEFAULT_MODELS = dict(gemini="gemini-flash-latest", openai="gpt-4o", anthropic="claude-sonnet-4-6", mock="gpt-4o")
+    chatkit's own ids have 32 bits: after about 77,000 threads two are likely to have the same.
+    """
+    prefix = default_generate_id(item_type).split("_")[0]
+    return f"{prefix}_{secrets.token_hex(16)}"
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+
+# What MODEL=auto selects. The template's gemini-2.0-flash and claude-3-sonnet-20240229 have been
+# shut down.
+DEFAULT_MODELS = {
+    "gemini": "gemini-flash-latest",
+    "openai": "gpt-4o",
+    "anthropic": "claude-sonnet-4-6",
+    "mock": "gpt-4o",
+}
 
 
 def litellm_name(provider: str, model: str) -> str:
-    """Return LiteLLM's name for the model, "provider/model". Stops the start with one line if there is none."""
-    if provider not in (DEFAULT_MODELS if model == "auto" else [*DEFAULT_MODELS, *litellm.provider_list]):
-        raise SystemExit(f"PROVIDER={provider!r} is none of {', '.join(DEFAULT_MODELS)}. Any other needs MODEL, too.")
+    """Return LiteLLM's name for the model, "provider/model". Stops the start if there is none."""
+    known = list(DEFAULT_MODELS)
+    if model != "auto":
+        known += litellm.provider_list
+    if provider not in known:
+        raise SystemExit(
+            f"PROVIDER={provider!r} is none of {', '.join(DEFAULT_MODELS)}."
+            " Any other needs MODEL, too."
+        )
+    if model == "auto":
+        model = DEFAULT_MODELS[provider]
     prefix = "openai" if provider == "mock" else provider
-    return f"{prefix}/{(DEFAULT_MODELS[provider] if model == 'auto' else model).removeprefix(prefix + '/')}"
-
-
-for name in [name for name in os.environ if name.endswith("_API_KEY") and not os.environ[name].strip()]:
-    del os.environ[name]  # LiteLLM would use a blank key
-litellm.suppress_debug_info = True  # no "Give Feedback / Get Help" in the log
-litellm.REPEATED_STREAMING_CHUNK_LIMIT = float("inf")  # LiteLLM ends a stream after 100 equal chunks: a long table rule
-# This finalizer sets context variables. Before Python 3.12 it may run inside ContextVar.set and crash the process.
-litellm.CustomStreamWrapper.__del__ = lambda stream: None
-# LiteLLM prepares a request in a thread. A client that leaves meanwhile makes Python warn: nobody awaits the result.
-warnings.filterwarnings("ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited", RuntimeWarning)
-MODEL_NAME = litellm_name(PROVIDER, MODEL)
-needed = [] if PROVIDER == "mock" else litellm.validate_environment(MODEL_NAME)["missing_keys"]
-MISSING_KEY = next((name for name in reversed(needed) if name.endswith("_API_KEY")), None)
+    return f"{prefix}/{model.removeprefix(prefix + '/')}"
 
 
 class EmptyReply(Exception):
     """A turn ended without a text, a tool call or anything else that the user can see."""
 
 
-# The faults of a turn that are raised outside the model. A tool's own errors are none: chatkit logs them.
-GUARDRAILS = InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered
-TURN_FAULTS = EmptyReply, ModelBehaviorError, ModelRefusalError, *GUARDRAILS
-FAULTS = [  # HTTP statuses and exception classes; the message in the chat; whether a retry may help
-    ({401, 403}, f"The AI provider refused the key. Check {PROVIDER.upper()}_API_KEY.", False),
-    ({404}, f"The AI provider does not know the model {MODEL_NAME}. Check MODEL.", False),
-    ({429}, "The AI provider's rate limit is reached. Wait a moment and try again.", True),
-    ({413, litellm.ContextWindowExceededError}, "This conversation is too long. Start a new thread.", False),
-    ({litellm.ContentPolicyViolationError, ModelRefusalError}, "The AI provider's content filter stopped this.", False),
-    ({*GUARDRAILS}, "This server's rules do not allow this. Rephrase your message.", False),
-    ({408, TimeoutError}, "The AI provider timed out: it sent nothing for too long. Try again.", True),
-    ({ConnectionResetError}, "The reply was cut off: the AI provider dropped the connection. Try again.", True),
-    ({ModelBehaviorError, StopAsyncIteration}, "The AI provider's answer was not understood. Try again.", True),
-    ({EmptyReply}, "The AI provider's reply was empty. Try again.", True),
-    ({*range(500, 600)}, "The AI provider is unavailable. Try again later.", True),
-    ({*range(400, 500)}, "The AI provider refused this request. Start a new thread.", False),
+class Fault(NamedTuple):
+    """A kind of fault, and what the person in the chat reads of it."""
+
+    statuses: list[int]  # HTTP statuses of the provider
+    errors: list[type[Exception]]
+    message: str  # may name the {key} and the {model}
+    allow_retry: bool
+
+
+GUARDRAILS: list[type[Exception]] = [
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
 ]
+# The faults of a turn that are raised outside of the model. A tool's own errors are none of them:
+# chatkit logs those.
+TURN_FAULTS: tuple[type[Exception], ...] = (
+    EmptyReply,
+    ModelBehaviorError,
+    ModelRefusalError,
+    *GUARDRAILS,
+)
+FAULTS = [  # the first that fits is the one
+    Fault([401, 403], [], "The AI provider refused the key. Check {key}.", False),
+    Fault([404], [], "The AI provider does not know the model {model}. Check MODEL.", False),
+    Fault([429], [], "The AI provider's rate limit is reached. Wait a moment and try again.", True),
+    Fault(
+        [413],
+        [ContextWindowExceededError],
+        "This conversation is too long. Start a new thread.",
+        False,
+    ),
+    Fault(
+        [],
+        [ContentPolicyViolationError, ModelRefusalError],
+        "The AI provider's content filter stopped this.",
+        False,
+    ),
+    Fault([], GUARDRAILS, "This server's rules do not allow this. Rephrase your message.", False),
+    Fault(
+        [408],
+        [TimeoutError],
+        "The AI provider timed out: it sent nothing for too long. Try again.",
+        True,
+    ),
+    Fault(
+        [],
+        [ConnectionResetError],
+        "The reply was cut off: the AI provider dropped the connection. Try again.",
+        True,
+    ),
+    Fault(
+        [],
+        [ModelBehaviorError, StopAsyncIteration],
+        "The AI provider's answer was not understood. Try again.",
+        True,
+    ),
+    Fault([], [EmptyReply], "The AI provider's reply was empty. Try again.", True),
+    Fault(
+        list(range(500, 600)),
+        [],
+        "The AI provider is unavailable. Try again later.",
+        True,
+    ),
+    Fault(
+        list(range(400, 500)),
+        [],
+        "The AI provider refused this request. Start a new thread.",
+        False,
+    ),
+]
+
+
+def find_fault(error: BaseException) -> Fault | None:
+    """Return the first of FAULTS that fits the error or one of its causes.
+
+    LiteLLM wraps errors, and the status is not always on the outermost.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    # LiteLLM's mark of an error that came after a part of the reply.
+    if any(getattr(cause, "generated_content", "") for cause in causes):
+        causes.append(ConnectionResetError())
+
+    for fault in FAULTS:
+        for cause in causes:
+            if getattr(cause, "status_code", None) in fault.statuses:
+                return fault
+            if isinstance(cause, tuple(fault.errors)):
+                return fault
+    return None
 
 
 class ProviderFault(CustomStreamError):
@@ -274,303 +521,614 @@ class ProviderFault(CustomStreamError):
     _agents_drain_queued_stream_events = True
 
 
-@contextmanager
-def faults_explained(*errors: type[Exception]) -> Iterator[None]:
-    """Turn those of `errors` that FAULTS lists into a ProviderFault, and log the cause. Others pass unchanged."""
-    try:
-        yield
-    except errors as error:
-        cause, causes = error, set()
-        while cause:  # LiteLLM wraps errors, and the status is not always on the outermost
-            causes |= {getattr(cause, "status_code", None), *type(cause).__mro__}
-            causes |= {ConnectionResetError} if getattr(cause, "generated_content", "") else set()
-            cause = cause.__cause__ or cause.__context__
-        text = " ".join(str(error).split())
-        for key in [value for name, value in os.environ.items() if name.endswith("_API_KEY")]:
-            text = text.replace(key, "***")  # some providers repeat it
-        for fault, message, allow_retry in FAULTS:
-            if fault & causes:
-                logger.error("%s (%s: %.500s)", message, type(error).__name__, text)
-                raise ProviderFault(message, allow_retry=allow_retry) from error
-        raise
-
-
 class ProviderModel(LitellmModel):
-    """LitellmModel with a time limit, readable faults, and a ProviderStream."""
+    """LitellmModel with a time limit, readable faults, and settings of its own.
 
-    async def _fetch_response(self, *args, **kwargs):
-        if MISSING_KEY:
-            raise ProviderFault(f"This server has no {MISSING_KEY}. Set it, or try PROVIDER=mock.")
-        with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
-            fetched = await super()._fetch_response(*args, **kwargs)
-        return (fetched[0], ProviderStream(fetched[1], self.model)) if kwargs.get("stream") else fetched
+    `model` is LiteLLM's name, "provider/model". With `canned_reply` that text is the answer to
+    everything, and no provider is asked.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        canned_reply: str | None = None,
+    ) -> None:
+        super().__init__(model=model, base_url=base_url, api_key=api_key)
+        self.canned_reply = canned_reply
+        self.provider = "mock" if canned_reply else model.partition("/")[0]
+        self.key_name = f"{self.provider.upper()}_API_KEY"
+        self.missing_key = None if api_key or canned_reply else missing_key(model)
+        # Log lines count the tokens. LiteLLM refuses `stream_options`, which asks for them, for
+        # two providers.
+        self.settings = ModelSettings(
+            include_usage=self.provider not in ("bytez", "oci"),
+            extra_args={"mock_response": canned_reply} if canned_reply else {"max_retries": 0},
+        )
+
+    async def _fetch_response(
+        self,
+        system_instructions: str | None,
+        input: str | list[TResponseInputItem],
+        model_settings: ModelSettings,
+        *args: Any,
+        stream: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if turn := Turn.current.get(None):
+            turn.model = self
+        if self.missing_key:
+            raise self.fault(
+                f"This server has no {self.missing_key}. Set it, or try PROVIDER=mock.", False
+            )
+        # An agent that was made without a model has the reasoning effort of OpenAI's default model,
+        # which other models refuse.
+        if model_settings == get_default_model_settings():
+            model_settings = ModelSettings()
+        model_settings = self.settings.resolve(model_settings)
+        fetch: Any = super()._fetch_response  # its overloads allow no *args
+        try:
+            with anyio.fail_after(MODEL_TIMEOUT):
+                fetched = await fetch(
+                    system_instructions, input, model_settings, *args, stream=stream, **kwargs
+                )
+        except Exception as error:
+            self.raise_fault(error)
+        if not stream:
+            return fetched
+        response, chunks = fetched
+        return response, ProviderStream(self, chunks)
+
+    async def stream_response(
+        self, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[TResponseStreamEvent]:
+        """Stream the reply, with one more event at the end of each thought.
+
+        OpenAI's own models send `reasoning_summary_text.done`; openai-agents' conversion of chat
+        completions does not. chatkit begins the next thought after it: without it, the thoughts
+        before and after a tool are run together, and those within one reply are lost.
+        """
+        async for event in super().stream_response(*args, **kwargs):
+            if event.type == "response.reasoning_summary_part.done":
+                yield ResponseReasoningSummaryTextDoneEvent(
+                    type="response.reasoning_summary_text.done",
+                    item_id=event.item_id,
+                    output_index=event.output_index,
+                    summary_index=event.summary_index,
+                    text=event.part.text,
+                    sequence_number=event.sequence_number,
+                )
+            yield event
+
+    def raise_fault(self, error: Exception) -> NoReturn:
+        """Raise the ProviderFault that FAULTS has for the error, or else the error itself."""
+        fault = None if isinstance(error, ProviderFault) else find_fault(error)
+        if fault is None:
+            raise error
+        message = fault.message.format(key=self.key_name, model=self.model)
+        raise self.fault(message, fault.allow_retry, error) from error
+
+    def fault(
+        self, message: str, allow_retry: bool, error: Exception | None = None
+    ) -> ProviderFault:
+        """Return a ProviderFault with this message, after a line in the log with its cause."""
+        if error:
+            cause = without_keys(" ".join(str(error).split()))
+            logger.error("%s (%s: %.500s)", message, type(error).__name__, cause)
+        else:
+            logger.error("%s", message)
+        return ProviderFault(message, allow_retry=allow_retry)
+
+
+def missing_key(model: str) -> str | None:
+    """Return the name of the variable that should hold the model's key, if none does."""
+    missing = litellm.validate_environment(model)["missing_keys"]
+    keys = [name for name in missing if name.endswith("_API_KEY")]
+    return keys[-1] if keys else None
+
+
+def without_keys(text: str) -> str:
+    """Return the text with asterisks in place of every key: some providers repeat it in errors."""
+    for name, value in os.environ.items():
+        if name.endswith("_API_KEY"):
+            text = text.replace(value, "***")
+    return text
 
 
 class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
-    """The chunks of a reply. Raises ProviderFault if one takes too long, or if the stream ends too early."""
+    """The chunks of a reply.
 
-    def __init__(self, stream: litellm.CustomStreamWrapper, model: str) -> None:
-        self.stream, self.model = stream, model
+    Raises ProviderFault if a chunk takes too long, or if the stream ends too early.
+    """
+
+    def __init__(self, model: ProviderModel, stream: litellm.CustomStreamWrapper) -> None:
+        self.model = model
+        self.stream = stream
 
     async def __anext__(self) -> litellm.ModelResponseStream:
-        # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would block all other chats.
+        # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
+        # block all other chats.
         await asyncio.sleep(0)
         try:
-            with faults_explained(Exception), anyio.fail_after(MODEL_TIMEOUT):
-                async for chunk in self.stream:
-                    return chunk
-                self.check_end()
-        except asyncio.CancelledError:  # close it at once, or the exception keeps the connection's frames in a cycle
+            with anyio.fail_after(MODEL_TIMEOUT):
+                return await anext(self.stream)
+        except StopAsyncIteration:
+            self.check_end()
+            raise
+        except asyncio.CancelledError:
+            # Close it at once: otherwise the exception keeps the connection's frames in a cycle.
             await asyncio.shield(self.aclose())
             raise
-        raise StopAsyncIteration
+        except Exception as error:
+            self.model.raise_fault(error)
 
     def check_end(self) -> None:
-        """Raise unless the provider gave a reason for the end: LiteLLM takes the end of any response for one."""
-        finish_reason = self.stream.received_finish_reason or self.stream.intermittent_finish_reason
-        if finish_reason == "content_filter":
-            raise litellm.ContentPolicyViolationError(finish_reason, self.model, PROVIDER)
-        if finish_reason is None:
-            raise (ConnectionResetError if self.stream.response_uptil_now else ModelBehaviorError)("it ended too early")
+        """Raise unless the provider gave a reason for the end of the reply.
+
+        LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
+        reason for their end.
+        """
+        if self.model.canned_reply:
+            return
+        stream = self.stream
+        reason = stream.received_finish_reason or stream.intermittent_finish_reason
+        error: Exception
+        if reason == "content_filter":
+            error = ContentPolicyViolationError(reason, self.model.model, self.model.provider)
+        elif reason is not None:
+            return
+        elif stream.response_uptil_now:
+            error = ConnectionResetError("the stream ended before the reply did")
+        else:
+            error = ModelBehaviorError("the stream held no reply")
+        self.model.raise_fault(error)
 
     async def aclose(self) -> None:
-        """Close the provider's connection; openai-agents calls this. LiteLLM leaves Anthropic's open, so find it."""
+        """Close the provider's connection; openai-agents calls this.
+
+        LiteLLM 1.106 leaves Anthropic's open, so find it.
+        """
         lines = getattr(self.stream.completion_stream, "streaming_response", None)
         await self.stream.aclose()
-        if hasattr(lines, "aclose"):
+        if lines is not None and hasattr(lines, "aclose"):
             await lines.aclose()
 
 
-# LiteLLM's canned replies have no finish reason, so check_end would refuse them.
-model = (LitellmModel if PROVIDER == "mock" else ProviderModel)(model=MODEL_NAME)
+class ProviderModels(ModelProvider):
+    """What openai-agents asks for the model of each agent that has no Model object of its own.
 
-# ---- Server ----------------------------------------------------------------------------------------------------------
+    So second agents (hand-offs, one for titles) go through LiteLLM like the first. An agent without
+    a model gets the default model; a name is "provider/model", or a model of PROVIDER.
+    """
 
-REQUEST = TypeAdapter(ChatKitReq)
+    def __init__(self, default: ProviderModel) -> None:
+        self.default = default
+        self.by_name: dict[str, ProviderModel] = {}
+
+    def get_model(self, model_name: str | None) -> Model:
+        if model_name is None:
+            return self.default
+        if model_name not in self.by_name:
+            provider, slash, _ = model_name.partition("/")
+            if slash and provider in litellm.provider_list:
+                self.by_name[model_name] = make_model(model_name)
+            else:
+                self.by_name[model_name] = make_model(litellm_name(PROVIDER, model_name))
+        return self.by_name[model_name]
+
+
+def make_model(name: str) -> ProviderModel:
+    """Return the model with LiteLLM's name, "provider/model"; with PROVIDER=mock a canned one."""
+    return ProviderModel(name, canned_reply=MOCK_REPLY if PROVIDER == "mock" else None)
+
+
+model = make_model(litellm_name(PROVIDER, MODEL))
+models = ProviderModels(model)
+
+# ---- Server --------------------------------------------------------------------------------------
+
+REQUEST: TypeAdapter[ChatKitReq] = TypeAdapter(ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
-# The methods that you have to write to support an operation, and the type of the item that an operation is about.
-METHODS = {"custom_action": "action", "sync_custom_action": "sync_action", "transcribe": "transcribe"}
-ITEM_TYPES = {"threads.retry_after_item": "user_message", "threads.add_structured_input": "structured_input"}
+
+
+def server_sent(event: ThreadStreamEvent) -> bytes:
+    """Return the event as chatkit sends it."""
+    return b"data: " + event.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n\n"
+
+
+HEARTBEAT = server_sent(ProgressUpdateEvent(text="Still working…"))
+STREAM_ERROR = server_sent(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True))
+SERVER_STOPPED = server_sent(
+    ErrorEvent(
+        code="custom",
+        message="The server was stopped before the reply was complete. Try again in a moment.",
+        allow_retry=True,
+    )
+)
+
+
+class Turn:
+    """One streaming request: a task of its own produces its events, and the response reads them.
+
+    So a client that leaves interrupts nothing. It stops the run, whose events then end without an
+    exception; what was streamed is stored as at the end of any turn.
+
+        process ─ Turn.read() ◄── queue ◄── the turn's task: produce ─ chatkit ─ respond ─ the run
+    """
+
+    current: ClassVar[ContextVar[Turn]] = ContextVar("current")  # of the task that runs
+
+    def __init__(self, turns: set[Turn], thread_id: str | None) -> None:
+        self.turns = turns  # of the server; this one is among them while its task runs
+        self.thread_id = thread_id  # None until chatkit has made the thread
+        # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold
+        # the provider's connection. None is the end.
+        self.queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+        self.heartbeat: asyncio.TimerHandle | None = None
+        self.run: RunResultStreaming | None = None
+        self.agent_context: AgentContext[Context] | None = None
+        self.model = model  # the one that ran last
+        self.end = "done"  # for the log: done, stopped or fault
+        self.stopped = False
+        self.client_left = False
+        self.started = self.last_event = time.monotonic()
+        self.first_delta: float | None = None
+
+    # ---- What the response does with it
+
+    async def read(self, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Start the turn and yield chatkit's events. Closing the generator stops the turn."""
+        self.turns.add(self)
+        self.task = asyncio.create_task(self.produce(events))
+        try:
+            while (event := await self.queue.get()) is not None:
+                yield event
+        finally:
+            if not self.task.done():
+                self.client_left = True
+                self.stop()
+
+    def stop(self, last_event: bytes | None = None) -> None:
+        """End the turn soon, with this event for a client that still reads.
+
+        A turn that does not end by itself, because a tool or a database hangs, is cancelled.
+        """
+        if self.stopped or self.task is None:
+            return
+        self.stopped = True
+        self.end = "stopped"
+        if self.run:
+            self.run.cancel()
+        if last_event:
+            self.queue.put_nowait(last_event)
+        timer = asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self.task.cancel)
+        self.task.add_done_callback(lambda _: timer.cancel())
+
+    # ---- What the turn's task does
+
+    async def produce(self, events: AsyncIterator[bytes]) -> None:
+        """Put the turn's events into the queue, and then its end."""
+        Turn.current.set(self)
+        self.send_heartbeats()
+        try:
+            async for event in events:
+                self.put(event)
+        except Exception:  # chatkit has logged it. It sends an event for a turn's errors only.
+            self.put(STREAM_ERROR)
+        finally:
+            if self.heartbeat:
+                self.heartbeat.cancel()
+            await self.end_run()
+            self.turns.discard(self)
+            self.write_log_line()
+            self.queue.put_nowait(None)
+
+    def put(self, event: bytes) -> None:
+        """Queue an event for the client, unless the turn was stopped: then it has its last one."""
+        self.last_event = time.monotonic()
+        if self.first_delta is None and event.startswith(b'data: {"type":"thread.item.updated"'):
+            self.first_delta = self.last_event - self.started
+        if event.startswith(b'data: {"type":"error"'):
+            self.end = "fault"
+        if self.thread_id is None and event.startswith(b'data: {"type":"thread.created"'):
+            self.thread_id = json.loads(event.removeprefix(b"data: "))["thread"]["id"]
+        if not self.stopped:
+            self.queue.put_nowait(event)
+
+    def send_heartbeats(self) -> None:
+        """Queue a heartbeat if no event came for SILENCE_SECONDS, and look again in time."""
+        silence = time.monotonic() - self.last_event
+        if silence >= SILENCE_SECONDS:
+            self.put(HEARTBEAT)
+            silence = 0
+        loop = asyncio.get_running_loop()
+        self.heartbeat = loop.call_later(SILENCE_SECONDS - silence, self.send_heartbeats)
+
+    def follow(self, run: RunResultStreaming, agent_context: AgentContext[Context]) -> None:
+        """Remember the run, which a stop cancels. The stop may have come before the run."""
+        self.run = run
+        self.agent_context = agent_context
+        if self.stopped:
+            run.cancel()
+
+    async def end_run(self) -> None:
+        """End what chatkit may have abandoned: after a fault of the Store, it is the run itself."""
+        if self.run:
+            self.run.cancel()
+        if self.agent_context:
+            # One more event, which nobody reads, ends the queue getter that chatkit's
+            # _merge_generators leaves behind ("Task was destroyed but it is pending!").
+            await self.agent_context.stream(ProgressUpdateEvent(text=""))
+
+    def write_log_line(self) -> None:
+        """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
+        usage = self.run.context_wrapper.usage if self.run else None
+        logger.info(
+            "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%s"
+            " input_tokens=%s output_tokens=%s",
+            os.getpid(),
+            self.thread_id or "-",
+            self.model.provider,
+            self.model.model,
+            self.end,
+            "-" if self.first_delta is None else f"{self.first_delta:.3f}s",
+            f"{time.monotonic() - self.started:.3f}s",
+            (usage and usage.input_tokens) or "-",
+            (usage and usage.output_tokens) or "-",
+        )
 
 
 class Converter(ThreadItemConverter):
     """chatkit's conversion of thread items to the model's input, with two gaps closed."""
 
-    async def assistant_message_to_input(self, item: AssistantMessageItem):
-        # chatkit makes `output_text` parts, which openai-agents cannot convert for LiteLLM ("Unknown content"): the
-        # second message of every conversation would fail.
+    async def assistant_message_to_input(
+        self, item: AssistantMessageItem
+    ) -> TResponseInputItem | None:
+        # chatkit makes `output_text` parts, which openai-agents cannot convert for LiteLLM
+        # ("Unknown content"): the second message of every conversation would fail.
         text = "".join(part.text for part in item.content)
-        return {"type": "message", "role": "assistant", "content": text} if text else None
+        if not text:
+            return None
+        return {"type": "message", "role": "assistant", "content": text}
 
-    async def tag_to_message_content(self, tag: UserMessageTagContent):
-        return {"type": "input_text", "text": f"{tag.text}: {json.dumps({'id': tag.id, **tag.data})}"}
-
-
-class RunEvents:
-    """The events of a run, as stream_agent_response reads them, each awaited by a task.
-
-    chatkit's _merge_generators abandons that task when the client leaves; unless somebody looks at its result, asyncio
-    logs "Task exception was never retrieved".
-    """
-
-    def __init__(self, result: RunResultStreaming) -> None:
-        self.events = result.stream_events()
-
-    def stream_events(self) -> "RunEvents":
-        return self
-
-    def __anext__(self) -> asyncio.Future:
-        task = asyncio.ensure_future(anext(self.events))
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return task
+    async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
+        data = json.dumps({"id": tag.id, **tag.data})
+        return {"type": "input_text", "text": f"{tag.text}: {data}"}
 
 
-class ChatKitServerImpl(ChatKitServer[dict]):
-    def __init__(self, store: Store[dict]) -> None:
+class ChatKitServerImpl(ChatKitServer[Context]):
+    """chatkit's server: `respond` answers, `process` refuses what could not be answered."""
+
+    def __init__(self, store: Store[Context]) -> None:
         super().__init__(store)
-        options = {"mock_response": MOCK_REPLY} if PROVIDER == "mock" else {"max_retries": 0}
-        # Log lines count the tokens. LiteLLM refuses `stream_options`, which asks for them, for two providers.
-        settings = ModelSettings(include_usage=PROVIDER not in ("bytez", "oci"), extra_args=options)
-        self.agent = Agent[AgentContext]("Assistant", instructions=INSTRUCTIONS, model=model, model_settings=settings)
+        self.agent: Agent[AgentContext[Context]] = Agent(
+            "Assistant", instructions=INSTRUCTIONS, model=model
+        )
+        self.run_config = RunConfig(model_provider=models)
+        self.converter = Converter()
+        self.turns: set[Turn] = set()  # the turns that run in this process
 
-    async def process(self, request: bytes, context: dict) -> StreamingResult | NonStreamingResult:
-        """Answer a request. Raises HTTPException (400) or NotFoundError before anything is stored."""
+    # ---- A turn
+
+    async def respond(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> Events:
+        """Stream the agent's reply to the thread, in which chatkit has stored `input`.
+
+        Raises CustomStreamError, whose message chatkit sends to the client.
+        """
+        turn = Turn.current.get(None) or Turn(self.turns, thread.id)
+        if thread.title is None and input:
+            thread.title = message_text(input)[:TITLE_LENGTH] or None
+            yield self.event_that_saves(thread, context)
+
+        agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
+        result = Runner.run_streamed(
+            self.agent,
+            await self.history(thread, context),
+            context=agent_context,
+            run_config=self.run_config,
+        )
+        turn.follow(result, agent_context)
+
+        # Each stage is a function further down, with one idea; it works without the others.
+        events = stream_agent_response(agent_context, result)
+        events = with_unique_ids(events, turn)
+        events = with_reply(events, turn)
+        events = with_unfinished_items(events, turn)
         try:
-            parsed = REQUEST.validate_json(request)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")[:300]) from None
+            async for event in events:
+                yield event
+        except TURN_FAULTS as error:
+            turn.model.raise_fault(error)
+
+        if turn.client_left:
+            with suppress(NotFoundError):  # the thread may have been deleted meanwhile
+                await self.handle_stream_cancelled(thread, [], context)  # stores a note of the stop
+
+    def event_that_saves(self, thread: ThreadMetadata, context: Context) -> ThreadStreamEvent:
+        """Return an event for chatkit, which saves a thread that changed after the next event.
+
+        The thread's new title must not wait for the model's first event: the thread may be deleted
+        until then, and would come back.
+        """
+        return StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
+
+    async def history(self, thread: ThreadMetadata, context: Context) -> list[TResponseInputItem]:
+        """Return the model's input: the thread's newest items, oldest first.
+
+        It starts with a user message: some providers refuse a conversation that starts with the
+        assistant's.
+        """
+        page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
+        items = page.data[::-1]
+        while items and items[0].type != "user_message":
+            items = items[1:]
+        return await self.converter.to_agent_input(items)
+
+    def _update_pending_items(self, *_: Any) -> None:
+        """Keep no copies of the items that are streamed: chatkit stores them if it is cancelled.
+
+        It never is. chatkit 1.4 to 1.5 appends each step of a workflow to the very object that is
+        streamed, so that steps and thoughts are doubled (chatkit-python pull request 76); and it
+        copies a message for each delta.
+        """
+
+    # ---- Requests
+
+    async def process(
+        self, request: str | bytes | bytearray, context: Context
+    ) -> StreamingResult | NonStreamingResult:
+        """Answer a request.
+
+        Raises HTTPException (400) or NotFoundError before anything is stored.
+        """
+        parsed = parse_request(request)
         await self.check(parsed, context)
-        if parsed.type in ("threads.delete", "threads.retry_after_item"):
-            await self.stop_turns(parsed.params.thread_id)
-        # Not super().process(): it builds the TypeAdapter again for every request, which takes 20 ms.
-        if is_streaming_req(parsed):
-            return StreamingResult(self._process_streaming(parsed, context))
-        return NonStreamingResult(await self._process_non_streaming(parsed, context))
+        thread_id: str | None = getattr(parsed.params, "thread_id", None)
+        if thread_id and parsed.type in ("threads.delete", "threads.retry_after_item"):
+            await self.stop_turns(thread_id)
 
-    async def check(self, request: ChatKitReq, context: dict) -> None:
-        """Refuse what chatkit would answer with a 500, a broken stream or an empty one."""
-
-        def require(condition: object, reason: str) -> None:
-            if not condition:
-                raise HTTPException(400, reason)
-
-        kind, params = request.type, dict(request.params)
-        require(METHODS.get(kind.partition(".")[2]) in {None, *vars(type(self))}, f"{kind} is not supported.")
-        require(self.attachment_store or not kind.startswith("attachments."), "Attachments are not configured.")
-        require((params.get("limit") or 1) > 0, "limit must be at least 1.")
-        thread_id, item_id = params.get("thread_id"), params.get("item_id")
-        item_type = "widget" if kind.endswith("custom_action") else ITEM_TYPES.get(kind)
-        if thread_id is not None:
-            await self.store.load_thread(thread_id, context)
-        for id in params.get("item_ids", [] if item_id is None else [item_id]):
-            item = await self.store.load_item(thread_id, id, context)
-            require(item_type in {None, item.type}, f"Item {id} is not a {item_type}.")
-            require(item_type != "structured_input" or item.status == "pending", f"Item {id} is not pending.")
-        if kind == "threads.add_client_tool_output":
-            newest = (await self.store.load_thread_items(thread_id, None, 1, "desc", context)).data
-            pending = newest and newest[0].type == "client_tool_call" and newest[0].status == "pending"
-            require(pending, "No client tool call is pending in this thread.")
-        if isinstance(message := params.get("input"), UserMessageInput):
-            require(message_text(message) or message.attachments, "The message is empty.")
-            for attachment_id in message.attachments:
-                await self.store.load_attachment(attachment_id, context)
+        # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
+        if not is_streaming_req(parsed):
+            return NonStreamingResult(await self._process_non_streaming(parsed, context))
+        if thread_id:
+            await self.wait_for_stopped_turns(thread_id)
+        turn = Turn(self.turns, thread_id)
+        return StreamingResult(turn.read(self._process_streaming(parsed, context)))
 
     async def stop_turns(self, thread_id: str) -> None:
-        """Stop the thread's turns in this process, and wait until what they streamed is stored."""
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            if task.get_name() == thread_id:
-                task.cancel()
-                await asyncio.wait([task], timeout=SHUTDOWN_SECONDS)
+        """Stop the thread's turns in this process, and wait until they have ended."""
+        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
+        for turn in turns:
+            turn.stop()
+        await wait_for(turns)
 
-    async def respond(self, thread: ThreadMetadata, input: UserMessageItem | None, context: dict) -> Events:
-        """Stream the agent's reply to the thread, in which chatkit has stored `input`. Raises CustomStreamError."""
-        if thread.title is None and input:
-            thread.title = message_text(input)[:60] or None
-            # After this event chatkit saves the title. Later the thread may have been deleted, and would come back.
-            yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
-        asyncio.current_task().set_name(thread.id)  # for stop_turns
-        agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
-        result = Runner.run_streamed(self.agent, await self.history(thread, context), context=agent_context)
-        events = stream_agent_response(agent_context, RunEvents(result))
-        # Each stage is a function further down, with one idea; it works, and can be deleted, without the others.
-        for stage in (with_unique_ids, with_reply, with_unfinished_items, with_log_line, with_cancellation):
-            events = stage(events, agent_context, result)
-        with faults_explained(*TURN_FAULTS):
-            async with aclosing(events):
-                async for event in events:
-                    yield event
+    async def wait_for_stopped_turns(self, thread_id: str) -> None:
+        """Wait until the thread's turns that were stopped are stored, so that the order is kept.
 
-    async def history(self, thread: ThreadMetadata, context: dict) -> list:
-        """The model's input: the newest items of the thread, oldest first, starting with a user message."""
-        items = (await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)).data[::-1]
-        # Some providers refuse a conversation that starts with the assistant.
-        start = next((number for number, item in enumerate(items) if item.type == "user_message"), 0)
-        return await Converter().to_agent_input(items[start:])
+        Whoever stops a reply and sends the next message at once does both at the same moment: the
+        server may hear of the message first.
+        """
+        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
+        await wait_for(turns, seconds=0.05)
+        await wait_for([turn for turn in turns if turn.stopped])
 
-    async def handle_stream_cancelled(self, thread: ThreadMetadata, pending_items: list, context: dict) -> None:
-        """Store what was streamed when the client stopped or left: reasoning here, text in chatkit."""
-        asyncio.current_task().set_name(thread.id)  # for stop_turns
-        # Starlette cancels every await that follows, hence the shield. The thread may have been deleted meanwhile.
-        with anyio.CancelScope(shield=True), suppress(NotFoundError):
-            for item in [item for item in pending_items if item.type == "workflow"]:
-                await self.store.add_thread_item(thread.id, item, context)
-            await super().handle_stream_cancelled(thread, pending_items, context)
+    async def stop_all_turns(self) -> None:
+        """Stop every turn because the server ends, and wait until what was streamed is stored."""
+        turns = list(self.turns)
+        for turn in turns:
+            turn.stop(SERVER_STOPPED)
+        await wait_for(turns)
+
+    async def check(self, request: ChatKitReq, context: Context) -> None:
+        """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
+
+        Raises HTTPException (400) or NotFoundError. Some requests are of newer releases of chatkit.
+        """
+        params: Any = request.params  # checked by chatkit's types
+        kind: str = request.type
+        match kind:
+            case "threads.create":
+                await self.check_message(params.input, context)
+            case "threads.add_user_message":
+                await self.store.load_thread(params.thread_id, context)
+                await self.check_message(params.input, context)
+            case "threads.add_client_tool_output":
+                await self.check_pending_tool_call(params.thread_id, context)
+            case "threads.retry_after_item":
+                await self.check_item(params, "user_message", context)
+            case "threads.custom_action":
+                self.check_method("action", kind)
+                await self.check_item(params, "widget", context)
+            case "threads.sync_custom_action":
+                self.check_method("sync_action", kind)
+                await self.check_item(params, "widget", context)
+            case "threads.add_structured_input":
+                await self.check_structured_input(params, context)
+            case "threads.list":
+                check_limit(params)
+            case "items.list":
+                check_limit(params)
+                await self.store.load_thread(params.thread_id, context)
+            case "threads.get_by_id" | "threads.update" | "threads.delete":
+                await self.store.load_thread(params.thread_id, context)
+            case "items.feedback":
+                await self.store.load_thread(params.thread_id, context)
+                for item_id in params.item_ids:
+                    await self.store.load_item(params.thread_id, item_id, context)
+            case "attachments.create":
+                self.check_attachment_store()
+            case "attachments.delete":
+                self.check_attachment_store()
+                await self.store.load_attachment(params.attachment_id, context)
+            case "input.transcribe":
+                self.check_method("transcribe", kind)
+
+    async def check_message(self, message: UserMessageInput, context: Context) -> None:
+        if not message_text(message) and not message.attachments:
+            raise HTTPException(400, "The message is empty.")
+        for attachment_id in message.attachments:
+            await self.store.load_attachment(attachment_id, context)
+
+    async def check_item(self, params: Any, item_type: str, context: Context) -> ThreadItem | None:
+        """Refuse an item of another type. An action may be about no item."""
+        await self.store.load_thread(params.thread_id, context)
+        if params.item_id is None:
+            return None
+        item = await self.store.load_item(params.thread_id, params.item_id, context)
+        if item.type != item_type:
+            raise HTTPException(400, f"Item {params.item_id} is not a {item_type}.")
+        return item
+
+    async def check_structured_input(self, params: Any, context: Context) -> None:
+        item: Any = await self.check_item(params, "structured_input", context)
+        if item.status != "pending":
+            raise HTTPException(400, f"Item {params.item_id} is not pending.")
+
+    async def check_pending_tool_call(self, thread_id: str, context: Context) -> None:
+        await self.store.load_thread(thread_id, context)
+        page = await self.store.load_thread_items(thread_id, None, 1, "desc", context)
+        for item in page.data:
+            if item.type == "client_tool_call" and item.status == "pending":
+                return
+        raise HTTPException(400, "No client tool call is pending in this thread.")
+
+    def check_method(self, name: str, kind: str) -> None:
+        """Refuse a request whose method you have not written: chatkit's own raises an error."""
+        method = getattr(self, name, None)
+        original = getattr(ChatKitServer, name, None)
+        if method is None or getattr(method, "__func__", method) is original:
+            raise HTTPException(400, f"{kind} is not supported.")
+
+    def check_attachment_store(self) -> None:
+        if self.attachment_store is None:
+            raise HTTPException(400, "Attachments are not configured.")
 
 
-# ---- The stages of a turn: its events pass through these generators, in the order in which respond lists them.
-
-
-async def with_unique_ids(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Give each message and client tool call an id of its own.
-
-    Through LiteLLM all of them have openai-agents' placeholder `__fake_id__`, and each would overwrite the one before.
-    Items whose id comes from the store (workflows, widgets) keep it.
-    """
-    id_mapping: dict[str, list[str]] = {}  # the model's id -> ours, newest last
-    async for event in events:
-        if event.type == "thread.item.added" and event.item.type == "assistant_message":
-            id_mapping.setdefault(event.item.id, []).append(agent_context.generate_id("message"))
-            event.item.id = id_mapping[event.item.id][-1]
-        elif event.type == "thread.item.updated" and event.item_id in id_mapping:
-            event.item_id = id_mapping[event.item_id][-1]
-        elif event.type == "thread.item.done" and event.item.type == "client_tool_call":
-            event.item.id = agent_context.generate_id("tool_call")
-        elif event.type == "thread.item.done" and event.item.id in id_mapping:
-            event.item.id = id_mapping[event.item.id][-1]
-        elif event.type == "thread.item.removed" and event.item_id in {"__fake_id__", *id_mapping}:  # by a guardrail
-            for new_id in id_mapping.get(event.item_id, []):
-                yield ThreadItemRemovedEvent(item_id=new_id)
-            continue
-        yield event
-
-
-async def with_reply(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Raise EmptyReply if a turn completes nothing but reasoning."""
-    answered = False
-    async for event in events:
-        answered = answered or (event.type == "thread.item.done" and event.item.type != "workflow")
-        yield event
-    if not answered:
-        raise EmptyReply
-
-
-class StreamedMessage(AssistantMessageItem):
-    """A message that chatkit extends in place. It would copy the message for each delta."""
-
-    content: list[AssistantMessageContent]  # the same, but pydantic cannot build the class without it
-
-    def model_copy(self, **_) -> "StreamedMessage":
-        return self
-
-
-async def with_unfinished_items(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Complete the items that an error interrupts, so that chatkit stores what was streamed of them."""
-    unfinished = {}  # by id
+def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
+    """Return chatkit's request. Raises HTTPException (400) with the first reason why it is none."""
     try:
-        async for event in events:
-            if event.type == "thread.item.added":
-                if event.item.type == "assistant_message":
-                    event.item = StreamedMessage(**dict(event.item))
-                unfinished[event.item.id] = event.item
-            elif event.type in ("thread.item.done", "thread.item.removed"):
-                unfinished.pop(event.item.id if event.type == "thread.item.done" else event.item_id, None)
-            yield event
-    except Exception:
-        for item in unfinished.values():
-            yield ThreadItemDoneEvent(item=item)
-        raise
+        return REQUEST.validate_json(request)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(name) for name in first["loc"])
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        raise HTTPException(400, reason[:300]) from None
 
 
-async def with_cancellation(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Cancel the run when the turn is over: otherwise the provider would generate, and bill, the rest of the reply."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        asyncio.current_task().set_name("")
-        result.cancel()
-        # One more event, which nobody reads, ends the queue getter that chatkit's _merge_generators leaves behind
-        # ("Task was destroyed but it is pending!").
-        await agent_context.stream(ProgressUpdateEvent(text=""))
+def check_limit(params: Any) -> None:
+    if params.limit and params.limit < 1:  # None and 0 are chatkit's default
+        raise HTTPException(400, "limit must be at least 1.")
 
 
-TURN = "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%s input_tokens=%s output_tokens=%s"
-
-
-async def with_log_line(events: Events, agent_context: AgentContext, result: RunResultStreaming) -> Events:
-    """Log one line per turn. Tokens: the sum of the model's completed responses, "-" if the provider does not say."""
-    started, first_delta = time.monotonic(), "-"
-    try:
-        async for event in events:
-            if first_delta == "-" and event.type == "thread.item.updated":
-                first_delta = f"{time.monotonic() - started:.3f}s"
-            yield event
-    finally:
-        total, error, usage = f"{time.monotonic() - started:.3f}s", sys.exc_info()[0], result.context_wrapper.usage
-        end = "done" if error is None else "stopped" if error is asyncio.CancelledError else "fault"
-        tokens = usage.input_tokens or "-", usage.output_tokens or "-"
-        logger.info(TURN, os.getpid(), agent_context.thread.id, PROVIDER, MODEL_NAME, end, first_delta, total, *tokens)
+async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
+    """Wait until the turns have ended, or for so many seconds."""
+    tasks = [turn.task for turn in turns if turn.task]
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
 
 
 def message_text(message: UserMessageItem | UserMessageInput) -> str:
@@ -578,41 +1136,187 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
     return " ".join(" ".join(part.text for part in message.content).split())
 
 
-# ---- Routes ----------------------------------------------------------------------------------------------------------
+# ---- The stages of a turn: its events pass through these generators, in the order of `respond`
+
+
+async def with_unique_ids(events: Events, turn: Turn) -> Events:
+    """Give each message and client tool call an id of its own.
+
+    Through LiteLLM all of them have openai-agents' placeholder `__fake_id__`, and each would
+    overwrite the one before (chatkit-python issue 36). Items whose id comes from the store
+    (workflows, widgets) keep it.
+    """
+    assert turn.agent_context
+    new_id = turn.agent_context.generate_id
+    id_mapping: dict[str, list[str]] = {"__fake_id__": []}  # the model's id -> ours, newest last
+    async for event in events:
+        if event.type == "thread.item.added" and event.item.type == "assistant_message":
+            ids = id_mapping.setdefault(event.item.id, [])
+            ids.append(new_id("message"))
+            event.item.id = ids[-1]
+        elif event.type == "thread.item.updated" and id_mapping.get(event.item_id):
+            event.item_id = id_mapping[event.item_id][-1]
+        elif event.type == "thread.item.done" and event.item.type == "client_tool_call":
+            event.item.id = new_id("tool_call")
+        elif event.type == "thread.item.done" and id_mapping.get(event.item.id):
+            event.item.id = id_mapping[event.item.id][-1]
+        elif event.type == "thread.item.removed" and event.item_id in id_mapping:
+            # A guardrail takes back every message of the turn.
+            for id in id_mapping[event.item_id]:
+                yield ThreadItemRemovedEvent(item_id=id)
+            continue
+        yield event
+
+
+async def with_reply(events: Events, turn: Turn) -> Events:
+    """Raise EmptyReply if a turn completes nothing but reasoning."""
+    answered = False
+    async for event in events:
+        if event.type == "thread.item.done" and event.item.type != "workflow":
+            answered = True
+        yield event
+    if not answered and not turn.stopped:
+        raise EmptyReply
+
+
+async def with_unfinished_items(events: Events, turn: Turn) -> Events:
+    """Complete the items that a fault or a stop leaves unfinished.
+
+    chatkit stores an item when it is done, so what was streamed of these would be lost.
+    """
+    unfinished: dict[str, ThreadItem] = {}  # by id
+    try:
+        async for event in events:
+            if turn.stopped:  # nobody sees this event, so it must not be stored
+                continue
+            if event.type == "thread.item.updated":
+                item = unfinished.get(event.item_id)
+                if item and item.type == "assistant_message":
+                    extend_message(item, event.update)
+            elif event.type == "thread.item.added":
+                unfinished[event.item.id] = event.item
+            elif event.type == "thread.item.done" or event.type == "thread.item.replaced":
+                unfinished.pop(event.item.id, None)
+            elif event.type == "thread.item.removed":
+                unfinished.pop(event.item_id, None)
+            yield event
+    except Exception:
+        for item in unfinished.values():
+            yield ThreadItemDoneEvent(item=item)
+        raise
+    if turn.stopped:
+        for item in unfinished.values():
+            yield ThreadItemDoneEvent(item=item)
+
+
+def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> None:
+    """Apply an update to a streamed message, as the client does."""
+    parts = message.content
+    match update:
+        case AssistantMessageContentPartAdded():
+            parts[update.content_index : update.content_index + 1] = [update.content]
+        case AssistantMessageContentPartTextDelta():
+            parts[update.content_index].text += update.delta
+        case AssistantMessageContentPartAnnotationAdded():
+            parts[update.content_index].annotations.append(update.annotation)
+        case AssistantMessageContentPartDone():
+            parts[update.content_index].text = update.content.text
+
+
+# ---- Routes --------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    logger.info("PROVIDER=%s, model %s", PROVIDER, MODEL_NAME)
-    if MISSING_KEY:
-        logger.warning("%s is not set: every chat gets an error. PROVIDER=mock needs no key.", MISSING_KEY)
+    # Full garbage collections need not scan what the imports made: a twentieth of a stream's time.
+    gc.freeze()
+    logger.info("PROVIDER=%s, model %s", PROVIDER, model.model)
+    if model.missing_key:
+        logger.warning(
+            "%s is not set: every chat gets an error. PROVIDER=mock needs no key.",
+            model.missing_key,
+        )
     if not TOKENS:
-        logger.warning("CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread.")
+        logger.warning(
+            "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
+        )
+    stop_turns_at_signals()
     yield
+    await server.stop_all_turns()
+
+
+def stop_turns_at_signals() -> None:
+    """Let running turns go on for SHUTDOWN_SECONDS after SIGTERM, and then stop them.
+
+    uvicorn has set its handler before the lifespan starts. It waits for the requests and cancels
+    them in the end: the turns are stopped before that, so that each client gets its partial reply
+    and a last event.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop_soon() -> None:
+        loop.call_later(SHUTDOWN_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and callable(handler):
+            signal.signal(number, chained(handler, loop, stop_soon))
+
+
+def chained(handler: Any, loop: asyncio.AbstractEventLoop, first: Callable[[], None]) -> Any:
+    """Return a signal handler that has the loop call `first`, and then calls the handler."""
+
+    def handle(number: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(first)
+        handler(number, frame)
+
+    return handle
 
 
 app = FastAPI(title="ChatKit Server", lifespan=lifespan)
-app.add_middleware(CORSMiddleware, allow_origins=ALLOWED_ORIGINS, allow_credentials=True,
-                   allow_methods=["*"], allow_headers=["*"])  # fmt: skip
-app.add_exception_handler(NotFoundError, lambda request, error: JSONResponse({"detail": str(error)}, 404))
-app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=400))
+app.add_middleware(
+    CORSMiddleware,
+    allow_origins=ALLOWED_ORIGINS,
+    allow_credentials=True,
+    allow_methods=["*"],
+    allow_headers=["*"],
+)
 
 store = MemoryStore()
 server = ChatKitServerImpl(store)
-HEARTBEAT = b"data: %s\n\n" % ProgressUpdateEvent(text="Still working…").model_dump_json().encode()
-STREAM_ERROR = b"data: %s\n\n" % ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True).model_dump_json().encode()
 
 
-async def request_context(bearer: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> dict:
+@app.exception_handler(NotFoundError)
+async def not_found(request: Request, error: NotFoundError) -> Response:
+    return JSONResponse({"detail": str(error)}, 404)
+
+
+@app.exception_handler(ClientDisconnect)
+async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+async def request_context(bearer: Bearer) -> Context:
     """Return the context that the Store receives: who is asking. Put your own login here.
 
-    {"user_id": ...} for a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException (401).
+    {"user_id": ...} for a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException
+    (401).
     """
+    if not TOKENS:
+        return {}
     given = bearer.credentials.encode() if bearer else b""
-    users = [user for token, user in TOKENS.items() if secrets.compare_digest(token.encode(), given)]
-    if TOKENS and not users:
-        raise HTTPException(401, "A valid bearer token is needed.", headers={"WWW-Authenticate": "Bearer"})
-    return {"user_id": users[0]} if users else {}
+    for token, user in TOKENS.items():
+        if secrets.compare_digest(token.encode(), given):
+            return {"user_id": user}
+    headers = {"WWW-Authenticate": "Bearer"}
+    raise HTTPException(401, "A valid bearer token is needed.", headers=headers)
+
+
+RequestContext = Annotated[Context, Depends(request_context)]
 
 
 async def request_body(request: Request) -> bytes:
@@ -626,76 +1330,85 @@ async def request_body(request: Request) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """chatkit's events, with a heartbeat while none comes, and an error event if chatkit fails.
+    """The events of a turn, which is stopped when the client leaves.
 
-    When the client disconnects, Starlette cancels this task wherever it waits. While it sends, chatkit would not be
-    told, and would not store what was streamed: the shield puts the cancellation off until it waits for chatkit.
+    Starlette then cancels the response. If that happens while it sends, it forgets the iterator.
     """
 
-    async def stream_response(self, send) -> None:
-        async def shielded_send(message: dict) -> None:
-            self.last_sent = time.monotonic()
-            with anyio.CancelScope(shield=True):
-                await send(message)
+    def __init__(self, result: StreamingResult) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(result, media_type="text/event-stream", headers=headers)
+        self.events = result.json_events
 
-        heartbeat = asyncio.create_task(self.send_heartbeats(shielded_send))
+    async def stream_response(self, send: Send) -> None:
         try:
-            await super().stream_response(shielded_send)
-        except (Exception, asyncio.CancelledError):  # chatkit has logged it; it sends events for a turn's errors only
-            await shielded_send({"type": "http.response.body", "body": STREAM_ERROR})
+            await super().stream_response(send)
         finally:
-            heartbeat.cancel()
-
-    async def send_heartbeats(self, send) -> None:
-        while True:
-            await asyncio.sleep(self.last_sent + SILENCE_SECONDS - time.monotonic())
-            if time.monotonic() >= self.last_sent + SILENCE_SECONDS:
-                await send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
+            await self.events.aclose()
 
 
 @app.post("/chatkit")
-async def chatkit_endpoint(request: Request, context: dict = Depends(request_context)):
+async def chatkit_endpoint(request: Request, context: RequestContext) -> Response:
     result = await server.process(await request_body(request), context)
     if isinstance(result, StreamingResult):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return EventStream(result, media_type="text/event-stream", headers=headers)
+        return EventStream(result)
     return Response(content=result.json, media_type="application/json")
 
 
 @app.get("/health")
-async def health():
+async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-async def all_rows(load_page: Callable[[str | None], Awaitable[Page]]) -> AsyncIterator:
+T = TypeVar("T")
+
+
+async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncIterator[T]:
     """Yield the rows of every page; load_page(after) loads one page."""
-    page = Page(has_more=True)
-    while page.has_more:
-        page = await load_page(page.after)
+    after = None
+    while True:
+        page = await load_page(after)
         for row in page.data:
             yield row
+        if not page.has_more:
+            return
+        after = page.after
 
 
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
-async def debug_threads(context: dict = Depends(request_context)):
-    result, load_items = {}, server.store.load_thread_items
-    async for thread in all_rows(lambda after: server.store.load_threads(100, after, "asc", context)):
-        items = []
-        async for item in all_rows(lambda after: load_items(thread.id, after, 100, "asc", context)):
-            items.append({"id": item.id, "type": type(item).__name__})
-            if getattr(item, "content", None):
-                items[-1]["content"] = [part.text for part in item.content if hasattr(part, "text")]
-        result[thread.id] = {"items": items, "count": len(items)}
+async def debug_threads(context: RequestContext) -> dict[str, Any]:
+    result = {}
+    store = server.store
+    async for thread in all_rows(lambda after: store.load_threads(100, after, "asc", context)):
+        result[thread.id] = await debug_items(thread.id, context)
     return result
 
 
-# ---- Start -----------------------------------------------------------------------------------------------------------
+async def debug_items(thread_id: str, context: Context) -> dict[str, Any]:
+    items = []
+    store = server.store
+    async for item in all_rows(
+        lambda after: store.load_thread_items(thread_id, after, 100, "asc", context)
+    ):
+        item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
+        if hasattr(item, "content") and item.content:
+            item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
+        items.append(item_data)
+    return {"items": items, "count": len(items)}
+
+
+# ---- Start ---------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     import uvicorn
 
     # uvicorn raises SIGTERM again after its shutdown, and the exit code would not be 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # One worker, whatever WEB_CONCURRENCY says: each worker would have a memory of its own.
-    uvicorn.run(app, host=HOST, port=PORT, workers=1, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    uvicorn.run(
+        app,
+        host=HOST,
+        port=PORT,
+        workers=1,  # whatever WEB_CONCURRENCY says: each worker would have a memory of its own
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
+    )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from agents import ModelSettings, ModelTracing, function_tool
+from agents import Model, ModelSettings, ModelTracing, function_tool
 from openai.types.responses import Response
 
 from client import NO_TLS, Chat, done, memory, message, text_of, until
@@ -130,7 +130,7 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
         return Response.model_construct(output=[]), Endless()
 
     async def read() -> None:
-        async for _ in main.ProviderModel(model="openai/x").stream_response(
+        async for _ in main.ProviderModel(model="openai/x", api_key="key").stream_response(
             None,
             "go",
             ModelSettings(),
@@ -248,3 +248,76 @@ async def test_told_to_stop(servers, provider, busy):
     assert not provider.open()
     for complaint in ("never retrieved", "was destroyed", "Unclosed"):
         assert complaint not in "\n".join(server.log)
+
+
+async def test_a_run_ends_when_its_reader_leaves(main):
+    """The run is a task of its own.
+
+    Without its reader the provider would generate, and bill, the rest of the reply.
+    """
+
+    class Endless(Model):
+        async def get_response(self, *args, **kwargs):
+            raise NotImplementedError
+
+        async def stream_response(self, *args, **kwargs):
+            try:
+                asked.set()
+                yield await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    async def read() -> None:
+        async for _ in await server.process(json.dumps(request).encode(), {}):
+            pass
+
+    # The abandoned tasks have tests of their own.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    asked, ended = asyncio.Event(), asyncio.Event()
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = Endless()
+    request = {"type": "threads.create", "params": {"input": message("go")}}
+    task = asyncio.create_task(read())
+    await asked.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_what_was_streamed_is_stored_by_a_database_driver(servers, provider):
+    """No cancellation reaches it: Starlette's would end every await that follows."""
+    provider.script["go"] = [[Thought("Hm. "), Text("one "), Text("two "), Silence()]]
+    chat = Chat(servers("sqlite_1").url)
+    stream = chat.start("go")
+    next(event for event in stream if '"two "' in event.model_dump_json())
+    stream.close()
+    await until(
+        lambda: (
+            [text_of(item) for item in chat.items() if item["type"] == "assistant_message"]
+            == ["one two "]
+        )
+    )
+
+
+async def test_reasoning_is_stored(chat, provider):
+    """chatkit stores the text of a cancelled stream, but no workflow."""
+    provider.script["go"] = [[Thought("Hm. "), Silence()]]
+    stream = chat.start("go")
+    next(event for event in stream if "Hm. " in event.model_dump_json())
+    stream.close()
+    await until(lambda: [item["type"] for item in chat.items()] == ["user_message", "workflow"])
+    assert chat.items()[1]["workflow"]["tasks"][0]["content"] == "Hm. "
+
+
+async def test_no_task_is_abandoned(customised, provider):
+    """chatkit's _merge_generators abandons it: "Task exception was never retrieved"."""
+    provider.script["go"] = [[Text("one "), Silence()]]
+    httpx.get(f"{customised.url}/collect", verify=NO_TLS)
+    with customised.no_new("never retrieved"):
+        for _ in range(5):
+            chat = Chat(customised.url)
+            stream = chat.start("go")
+            next(event for event in stream if event.type == "thread.item.updated")
+            stream.close()
+            await until(lambda chat=chat: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
+            assert httpx.get(f"{customised.url}/collect", verify=NO_TLS).status_code == 200

@@ -298,3 +298,23 @@ def test_make_help_lists_the_targets():
     )
     for target in targets.split():
         assert re.search(rf"^{target}\b", output, re.M), output
+
+
+def test_a_canned_reply_is_complete(servers):
+    """It has no finish reason: ProviderStream would take it for one that was cut off."""
+    events = Chat(servers("env_file").url).say("hello")
+    assert "error" not in [event.type for event in events]
+
+
+def test_a_blank_key_is_a_missing_key(tmp_path):
+    """LiteLLM's validate_environment accepts a blank key."""
+    assert (
+        load_main(tmp_path, {"PROVIDER": "openai", "OPENAI_API_KEY": " "}).model.missing_key
+        == "OPENAI_API_KEY"
+    )
+
+
+def test_web_concurrency_starts_no_workers(servers):
+    """Hosting platforms set it, and uvicorn follows it. Each worker would have its own threads."""
+    log = "\n".join(servers("workers").log)
+    assert log.count("Started server process") == 1 and "parent process" not in log

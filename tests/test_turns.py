@@ -43,10 +43,7 @@ def again(chat: Chat) -> Chat:
 async def test_a_thread_is_deleted_while_its_reply_streams(
     custom_chat, customised, provider, streamed
 ):
-    """The stream ends with one error event.
-
-    The provider's connection is closed, and nothing is stored.
-    """
+    """The stream ends quietly, the provider's connection is closed, and nothing is stored."""
     provider.script["go"] = {
         "nothing": [[Silence()]],
         "text": [[Text("one "), Text("two "), Silence()]],
@@ -62,7 +59,7 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
         for request in provider.requests:
             assert await asyncio.to_thread(request.closed.wait, 1)
         events = await reading.end()
-        assert [event.type for event in events].count("error") == 1 and events[-1].type == "error"
+        assert "error" not in [event.type for event in events]
         assert custom_chat.thread_id not in custom_chat.http.get("/debug/threads").json()
         assert custom_chat.http.get("/collect").status_code == 200
 
@@ -137,7 +134,7 @@ async def test_retry_while_the_reply_streams(chat, server, provider):
             )
         )
         events = await reading.end()
-    assert [event.type for event in events].count("error") == 1 and events[-1].type == "error"
+    assert "error" not in [event.type for event in events]
     assert [text_of(item) for item in done(retried)] == ["second"]
     assert [text_of(item) for item in chat.items()] == ["try", "second"]
     assert [request.messages for request in provider.requests] == [[("user", "try")]] * 2

@@ -64,6 +64,14 @@ async def show_card(ctx: Context) -> str:
     return "shown"
 
 
+@function_tool
+async def three_steps(ctx: Context) -> str:
+    """Show a workflow of three steps, as they are taken."""
+    for title in ("plan", "search", "read"):
+        await ctx.context.add_workflow_task(CustomTask(title=title, content=f"{title} it"))
+    return "taken"
+
+
 @function_tool(failure_error_function=None)
 async def broken() -> str:
     """A tool with a bug."""
@@ -88,7 +96,15 @@ async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
 
 
-main.server.agent.tools += [clock, pick_colour, show_card, broken, broken_database, slow]
+main.server.agent.tools += [
+    clock,
+    pick_colour,
+    show_card,
+    three_steps,
+    broken,
+    broken_database,
+    slow,
+]
 main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
 main.server.agent.output_guardrails.append(no_secrets)
 
