@@ -20,7 +20,7 @@ Routes   POST /chatkit             ChatKit's protocol: JSON, or a stream of serv
          GET  /health              {"status": "ok"}
          GET  /debug/threads       {thread id: {"items": [{"id", "type", "content"?}], "count"}}
 
-Settings PROVIDER, MODEL, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY,
+Settings PROVIDER, MODEL, MODELS, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY,
          HOST, PORT, ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env;
          see .env.example
 
@@ -64,6 +64,8 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
+from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
@@ -75,7 +77,10 @@ from dotenv import load_dotenv
 # Importing this file changes these things for the whole process, and nothing else.
 
 ROOT_DIR = Path(__file__).resolve().parent.parent
-load_dotenv(ROOT_DIR / ".env")
+# The template's place, or beside this file, for a copy of it.
+ENV_FILES = [ROOT_DIR / ".env", Path(__file__).resolve().parent / ".env"]
+ENV_FILE = next((file for file in ENV_FILES if file.is_file()), None)
+load_dotenv(ENV_FILE or ENV_FILES[0])
 # LiteLLM would download its price map when it is imported.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 # openai-agents would upload traces of every chat to OpenAI.
@@ -112,7 +117,6 @@ import anyio
 from agents import (
     Agent,
     InputGuardrailTripwireTriggered,
-    Model,
     ModelBehaviorError,
     ModelProvider,
     ModelRefusalError,
@@ -133,7 +137,7 @@ from chatkit.agents import (
 )
 from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
-from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
+from chatkit.store import AttachmentStore, NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
     AssistantMessageContentPartAdded,
     AssistantMessageContentPartAnnotationAdded,
@@ -143,6 +147,7 @@ from chatkit.types import (
     Attachment,
     ChatKitReq,
     ErrorEvent,
+    InferenceOptions,
     Page,
     ProgressUpdateEvent,
     StreamOptionsEvent,
@@ -208,6 +213,7 @@ def parse_tokens(text: str) -> dict[str, str]:
 
 PROVIDER: str = setting("PROVIDER", "gemini").lower()
 MODEL: str = setting("MODEL", "auto")
+MODELS = [name.strip() for name in setting("MODELS", "").split(",") if name.strip()]
 MODEL_TIMEOUT: float = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
 HOST: str = setting("HOST", "0.0.0.0")
 PORT: int = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
@@ -376,6 +382,18 @@ class MemoryStore(Store[Context]):
 
     async def delete_attachment(self, attachment_id: str, context: Context) -> None:
         self._attachments_of(context).delete(attachment_id)
+
+
+def give_unique_ids(store: Store[Context]) -> None:
+    """Have a Store that leaves its ids to chatkit make those of `unique_id`."""
+    if type(store).generate_thread_id is Store.generate_thread_id:
+        store.generate_thread_id = (  # type: ignore[method-assign]  # of this object alone
+            lambda context: unique_id("thread")
+        )
+    if type(store).generate_item_id is Store.generate_item_id:
+        store.generate_item_id = (  # type: ignore[method-assign]  # of this object alone
+            lambda item_type, thread, context: unique_id(item_type)
+        )
 
 
 def unique_id(item_type: StoreItemType) -> str:
@@ -706,7 +724,7 @@ class ProviderModels(ModelProvider):
         self.default = default
         self.by_name: dict[str, ProviderModel] = {}
 
-    def get_model(self, model_name: str | None) -> Model:
+    def get_model(self, model_name: str | None) -> ProviderModel:
         if model_name is None:
             return self.default
         if model_name not in self.by_name:
@@ -725,6 +743,9 @@ def make_model(name: str) -> ProviderModel:
 
 model = make_model(litellm_name(PROVIDER, MODEL))
 models = ProviderModels(model)
+# What a client may choose for a message, by the name that it sends.
+OFFERED_MODELS = {name: models.get_model(name) for name in MODELS}
+OFFERED_MODELS |= {MODEL: model, model.model: model}
 
 # ---- Server --------------------------------------------------------------------------------------
 
@@ -901,8 +922,11 @@ class Converter(ThreadItemConverter):
 class ChatKitServerImpl(ChatKitServer[Context]):
     """chatkit's server: `respond` answers, `process` refuses what could not be answered."""
 
-    def __init__(self, store: Store[Context]) -> None:
-        super().__init__(store)
+    def __init__(
+        self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
+    ) -> None:
+        super().__init__(store, attachment_store)
+        give_unique_ids(store)
         self.agent: Agent[AgentContext[Context]] = Agent(
             "Assistant", instructions=INSTRUCTIONS, model=model
         )
@@ -926,10 +950,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         result = Runner.run_streamed(
-            self.agent,
+            await self.agent_for(thread, input, context),
             await self.history(thread, context),
             context=agent_context,
-            run_config=self.run_config,
+            run_config=await self.run_config_for(thread, input, context),
         )
         turn.follow(result, agent_context)
 
@@ -943,10 +967,58 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 yield event
         except TURN_FAULTS as error:
             turn.model.raise_fault(error)
+        self.remember_agent(thread, result.last_agent)
 
         if turn.client_left:
             with suppress(NotFoundError):  # the thread may have been deleted meanwhile
                 await self.handle_stream_cancelled(thread, [], context)  # stores a note of the stop
+
+    async def agent_for(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> Agent[AgentContext[Context]]:
+        """Return the agent that answers: the one that the thread was handed off to, or the first.
+
+        Override it to choose by user or by thread. It finds the agents that are listed as Agent
+        objects in `handoffs`.
+        """
+        name = thread.metadata.get("agent")
+        known = [self.agent]
+        for agent in known:  # grows on the way
+            if agent.name == name:
+                return agent
+            agents = [other for other in agent.handoffs if isinstance(other, Agent)]
+            known += [other for other in agents if other not in known]
+        return self.agent
+
+    def remember_agent(self, thread: ThreadMetadata, agent: Agent[Any]) -> None:
+        """Let the agent that a hand-off chose answer the thread's next message, too.
+
+        chatkit saves the thread if it changed.
+        """
+        if agent.name != thread.metadata.get("agent", self.agent.name):
+            thread.metadata = {**thread.metadata, "agent": agent.name}
+
+    async def run_config_for(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> RunConfig:
+        """Return the run's settings, with the model and the tool that the user chose.
+
+        The tool is forced in the first step only. A turn that goes on after a client tool has the
+        model of the message before it.
+        """
+        config = self.run_config
+        if input and (tool := input.inference_options.tool_choice):
+            settings = config.model_settings or ModelSettings()
+            settings = settings.resolve(ModelSettings(tool_choice=tool.id))
+            config = replace(config, model_settings=settings)
+        if input is None and MODELS:
+            page = await self.store.load_thread_items(
+                thread.id, None, HISTORY_ITEMS, "desc", context
+            )
+            input = next((item for item in page.data if item.type == "user_message"), None)
+        if input and (name := input.inference_options.model):
+            config = replace(config, model=OFFERED_MODELS.get(name, model))
+        return config
 
     def event_that_saves(self, thread: ThreadMetadata, context: Context) -> ThreadStreamEvent:
         """Return an event for chatkit, which saves a thread that changed after the next event.
@@ -975,6 +1047,12 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         streamed, so that steps and thoughts are doubled (chatkit-python pull request 76); and it
         copies a message for each delta.
         """
+
+    async def add_feedback(
+        self, thread_id: str, item_ids: list[str], feedback: str, context: Context
+    ) -> None:
+        """Log the user's feedback, "positive" or "negative". Override it to keep it elsewhere."""
+        logger.info("feedback thread=%s items=%s kind=%s", thread_id, ",".join(item_ids), feedback)
 
     # ---- Requests
 
@@ -1032,14 +1110,18 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         kind: str = request.type
         match kind:
             case "threads.create":
-                await self.check_message(params.input, context)
+                await self.check_message(params.input, None, context)
             case "threads.add_user_message":
-                await self.store.load_thread(params.thread_id, context)
-                await self.check_message(params.input, context)
+                thread = await self.store.load_thread(params.thread_id, context)
+                check_open(thread)
+                await self.check_message(params.input, thread, context)
             case "threads.add_client_tool_output":
                 await self.check_pending_tool_call(params.thread_id, context)
             case "threads.retry_after_item":
-                await self.check_item(params, "user_message", context)
+                message: Any = await self.check_item(params, "user_message", context)
+                thread = await self.store.load_thread(params.thread_id, context)
+                check_open(thread)
+                await self.check_options(message.inference_options, thread, context)
             case "threads.custom_action":
                 self.check_method("action", kind)
                 await self.check_item(params, "widget", context)
@@ -1067,11 +1149,27 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             case "input.transcribe":
                 self.check_method("transcribe", kind)
 
-    async def check_message(self, message: UserMessageInput, context: Context) -> None:
+    async def check_message(
+        self, message: UserMessageInput, thread: ThreadMetadata | None, context: Context
+    ) -> None:
         if not message_text(message) and not message.attachments:
             raise HTTPException(400, "The message is empty.")
         for attachment_id in message.attachments:
             await self.store.load_attachment(attachment_id, context)
+        await self.check_options(message.inference_options, thread, context)
+
+    async def check_options(
+        self, options: InferenceOptions, thread: ThreadMetadata | None, context: Context
+    ) -> None:
+        """Refuse a model or a tool that is not offered. No thread: it is made after this check."""
+        if options.model and options.model not in OFFERED_MODELS:
+            raise HTTPException(400, f"The model {options.model:.100} is not offered.")
+        if options.tool_choice:
+            new_thread = ThreadMetadata(id="", created_at=datetime.now())
+            agent = await self.agent_for(thread or new_thread, None, context)
+            known = options.tool_choice.id in [tool.name for tool in agent.tools]
+            if not known and not agent.mcp_servers:  # which are asked for theirs in the run
+                raise HTTPException(400, f"The tool {options.tool_choice.id:.100} is not offered.")
 
     async def check_item(self, params: Any, item_type: str, context: Context) -> ThreadItem | None:
         """Refuse an item of another type. An action may be about no item."""
@@ -1117,6 +1215,12 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         place = ".".join(str(name) for name in first["loc"])
         reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise HTTPException(400, reason[:300]) from None
+
+
+def check_open(thread: ThreadMetadata) -> None:
+    """Refuse a message to a thread that an application has locked or closed."""
+    if thread.status.type != "active":
+        raise HTTPException(409, thread.status.reason or f"This thread is {thread.status.type}.")
 
 
 def check_limit(params: Any) -> None:
@@ -1169,14 +1273,22 @@ async def with_unique_ids(events: Events, turn: Turn) -> Events:
 
 
 async def with_reply(events: Events, turn: Turn) -> Events:
-    """Raise EmptyReply if a turn completes nothing but reasoning."""
+    """Raise EmptyReply if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
-        if event.type == "thread.item.done" and event.item.type != "workflow":
-            answered = True
+        answered = answered or is_answer(event)
         yield event
     if not answered and not turn.stopped:
         raise EmptyReply
+
+
+def is_answer(event: ThreadStreamEvent) -> bool:
+    """Return whether the event is one: reasoning alone and hidden items are none."""
+    if event.type == "thread.item.done":
+        if event.item.type == "workflow":
+            return event.item.workflow.type != "reasoning"
+        return event.item.type not in ("hidden_context_item", "sdk_hidden_context")
+    return event.type in ("thread.item.replaced", "client_effect", "notice")
 
 
 async def with_unfinished_items(events: Events, turn: Turn) -> Events:
@@ -1231,11 +1343,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # Full garbage collections need not scan what the imports made: a twentieth of a stream's time.
     gc.freeze()
     logger.info("PROVIDER=%s, model %s", PROVIDER, model.model)
-    if model.missing_key:
-        logger.warning(
-            "%s is not set: every chat gets an error. PROVIDER=mock needs no key.",
-            model.missing_key,
-        )
+    logger.info("Settings from the environment and %s", ENV_FILE or "no .env file")
+    for offered in dict.fromkeys(OFFERED_MODELS.values()):
+        if offered.missing_key:
+            logger.warning(
+                "%s is not set: every chat with %s gets an error. PROVIDER=mock needs no key.",
+                offered.missing_key,
+                offered.model,
+            )
     if not TOKENS:
         logger.warning(
             "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
@@ -1274,14 +1389,14 @@ def chained(handler: Any, loop: asyncio.AbstractEventLoop, first: Callable[[], N
     return handle
 
 
+CORS: dict[str, Any] = {
+    "allow_origins": ALLOWED_ORIGINS,
+    "allow_credentials": True,
+    "allow_methods": ["*"],
+    "allow_headers": ["*"],
+}
 app = FastAPI(title="ChatKit Server", lifespan=lifespan)
-app.add_middleware(
-    CORSMiddleware,
-    allow_origins=ALLOWED_ORIGINS,
-    allow_credentials=True,
-    allow_methods=["*"],
-    allow_headers=["*"],
-)
+app.add_middleware(CORSMiddleware, **CORS)
 
 store = MemoryStore()
 server = ChatKitServerImpl(store)
@@ -1290,6 +1405,16 @@ server = ChatKitServerImpl(store)
 @app.exception_handler(NotFoundError)
 async def not_found(request: Request, error: NotFoundError) -> Response:
     return JSONResponse({"detail": str(error)}, 404)
+
+
+@app.exception_handler(Exception)
+async def failed(request: Request, error: Exception) -> CORSMiddleware:
+    """Answer when a Store fails outside of a stream; uvicorn logs the error.
+
+    Starlette sends this answer outside of the CORS middleware, and a web page could not read it.
+    """
+    answer = JSONResponse({"detail": "The server failed. Its log has the cause."}, 500)
+    return CORSMiddleware(answer, **CORS)
 
 
 @app.exception_handler(ClientDisconnect)
@@ -1304,7 +1429,8 @@ async def request_context(bearer: Bearer) -> Context:
     """Return the context that the Store receives: who is asking. Put your own login here.
 
     {"user_id": ...} for a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException
-    (401).
+    (401). With a login by cookie, set ALLOWED_ORIGINS to your own pages: browsers send cookies
+    along with every page's requests, so with * any page could read your users' chats.
     """
     if not TOKENS:
         return {}

@@ -120,6 +120,10 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "no_key": dict.fromkeys(
         ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""
     ),
+    "additions": {
+        "PROVIDER": "openai",
+        "MODELS": "gpt-4o-mini, gemini/gemini-flash-latest,anthropic/claude-sonnet-4-6,mistral/m",
+    },
     "workers": {"PROVIDER": "mock", "WEB_CONCURRENCY": "4"},
     "env_file": {},
     "sqlite_1": {"PROVIDER": "openai"},
@@ -146,6 +150,7 @@ CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}
 PROGRAMS = {
     "customised": SUPPORT / "customised.py",
     "users": SUPPORT / "customised.py",
+    "additions": SUPPORT / "additions.py",
     "sqlite": EXAMPLES / "sqlite_store.py",
     "env": SUPPORT / "served.py",
 }

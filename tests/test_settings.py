@@ -79,6 +79,27 @@ def test_the_log_of_a_start(bare):
         assert noise not in log
 
 
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [([".env"], ".env"), (["backend/.env"], "backend/.env"), ([".env", "backend/.env"], ".env")],
+)
+def test_which_env_file_is_read(tmp_path, files, read):
+    """The template's, or the one beside main.py, for a copy of it."""
+    (tmp_path / "backend").mkdir()
+    for file in files:
+        (tmp_path / file).write_text(f"MODEL=from-{file}\n")
+    main = load_main(tmp_path)
+    assert tmp_path / read == main.ENV_FILE
+    assert f"from-{read}" == main.MODEL
+
+
+def test_the_start_says_which_env_file_was_read(servers, bare):
+    server = servers("env_file")
+    file = Path(server.wait_for("Settings from").partition(" and ")[2].splitlines()[0])
+    assert file.name == ".env" and file.read_text().startswith("PROVIDER=mock")
+    assert "Settings from the environment and no .env file" in "\n".join(bare.log)
+
+
 def test_mock_needs_neither_key_nor_network(servers, provider):
     """As `uvicorn main:app --app-dir backend` serves it; PROVIDER=mock is set in .env."""
     chat = Chat(servers("env_file").url)

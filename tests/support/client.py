@@ -34,7 +34,7 @@ def load_main(folder: Path, settings: dict[str, str] | None = None):
 
     PROVIDER is mock unless `settings` say otherwise.
     """
-    (folder / "backend").mkdir(parents=True)
+    (folder / "backend").mkdir(parents=True, exist_ok=True)
     path = shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py")
     spec = importlib.util.spec_from_file_location("main", path)
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,219 @@
+"""What people add to their copy: other models, tools, agents, handlers and stores."""
+
+import httpx
+import pytest
+from chatkit.store import Store
+
+from client import NO_TLS, Chat, done, error_of, load_main, message, text_of
+from provider import Text, Thought, ToolCall
+
+
+@pytest.fixture
+def additions(servers):
+    return servers("additions")
+
+
+@pytest.fixture
+def chat(additions):
+    return Chat(additions.url)
+
+
+def choosing(model: str | None = None, tool: str | None = None) -> dict:
+    """The options of a message, as ChatKit's composer sends them."""
+    options: dict = {"model": model} if model else {}
+    if tool:
+        options["tool_choice"] = {"id": tool}
+    return {"inference_options": options}
+
+
+# ---- The model picker -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ("gpt-4o-mini", "openai/gpt-4o-mini"),
+        ("gemini/gemini-flash-latest", "gemini/gemini-flash-latest"),
+        ("anthropic/claude-sonnet-4-6", "anthropic/claude-sonnet-4-6"),
+        ("openai/gpt-4o", "openai/gpt-4o"),
+        (None, "openai/gpt-4o"),
+    ],
+)
+def test_a_message_chooses_its_model(additions, chat, provider, choice, name):
+    assert [text_of(item) for item in done(chat.say("hello", **choosing(choice)))] == [
+        "You said: hello"
+    ]
+    (request,) = provider.requests
+    kind, _, model = name.partition("/")
+    assert request.format.__name__.lower() == kind
+    assert request.body.get("model", model) == model
+    log = additions.wait_for(f"thread={chat.thread_id} ")
+    assert f"thread={chat.thread_id} provider={kind} model={name} end=done" in log
+    # The next message has a choice of its own.
+    chat.say("and on")
+    assert provider.requests[-1].body["model"] == "gpt-4o"
+
+
+def test_the_choice_holds_after_a_client_tool(chat, provider):
+    provider.script["go"] = [[ToolCall("ask_browser")], [Text("Thanks.")]]
+    chat.say("hello")
+    chat.say("go", **choosing("gpt-4o-mini", "ask_browser"))
+    list(chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result="red"))
+    chat.say("and on")
+    asked = [
+        (request.body["model"], request.body.get("tool_choice")) for request in provider.requests
+    ]
+    forced = {"type": "function", "function": {"name": "ask_browser"}}
+    assert asked == [
+        ("gpt-4o", None),
+        ("gpt-4o-mini", forced),
+        ("gpt-4o-mini", None),
+        ("gpt-4o", None),
+    ]
+
+
+def test_the_fault_of_a_chosen_model(additions, chat):
+    error = error_of(chat.say("hello", **choosing("mistral/m")))
+    assert "MISTRAL_API_KEY" in error.message and not error.allow_retry
+    log = additions.wait_for(f"thread={chat.thread_id} ")
+    assert f"thread={chat.thread_id} provider=mistral model=mistral/m end=fault" in log
+    assert log.count("MISTRAL_API_KEY is not set") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (choosing(model="gpt-5"), "The model gpt-5 is not offered."),
+        (choosing(tool="nope"), "The tool nope is not offered."),
+    ],
+)
+def test_what_is_not_offered(chat, provider, options, says):
+    response = chat.post("threads.create", input=message("hello", **options))
+    assert (response.status_code, response.json()) == (400, {"detail": says})
+    chat.say("hello")
+    response = chat.post(
+        "threads.add_user_message", thread_id=chat.thread_id, input=message("hello", **options)
+    )
+    assert (response.status_code, response.json()) == (400, {"detail": says})
+    assert len(chat.items()) == 2 and len(provider.requests) == 1
+
+
+def test_a_tool_is_forced_in_the_first_step_only(chat, provider):
+    provider.script["go"] = [[ToolCall("take_step")], [Text("Taken.")]]
+    chat.say("go", **choosing(tool="take_step"))
+    first, second = (request.body for request in provider.requests)
+    assert first["tool_choice"] == {"type": "function", "function": {"name": "take_step"}}
+    assert second.get("tool_choice") in (None, "auto")
+
+
+# ---- Agents ---------------------------------------------------------------------
+
+
+def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider):
+    provider.script["hola"] = [[ToolCall("transfer_to_spanish")], [Text("Hola.")]]
+    assert [text_of(item) for item in done(chat.say("hola"))] == ["Hola."]
+    provider.script["and back"] = [[ToolCall("transfer_to_assistant")], [Text("Hello again.")]]
+    for text in ("que tal", "and back", "hello"):
+        chat.say(text)
+    told = [request.format.instructions(request.body) for request in provider.requests]
+    english, spanish = "You are a helpful assistant.", "Answer in Spanish."
+    assert told == [english, spanish, spanish, spanish, english, english]
+    assert all("reasoning_effort" not in request.body for request in provider.requests)
+
+
+def test_other_model_settings_lose_nothing(tmp_path, additions, provider):
+    """Tokens, retries and the canned reply do not depend on the agent's settings."""
+    main = load_main(tmp_path)
+    main.server.agent.model_settings = main.ModelSettings(temperature=0.5)
+    settings = main.model.settings.resolve(main.server.agent.model_settings)
+    assert settings.include_usage and settings.extra_args == {"mock_response": main.MOCK_REPLY}
+    assert settings.temperature == 0.5
+
+
+# ---- What counts as an answer ---------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", ["play_sound", "give_notice", "take_step", "replace_card"])
+def test_a_visible_turn_is_a_turn(chat, provider, tool):
+    provider.script["go"] = [[ToolCall(tool)], []]
+    assert "error" not in [event.type for event in chat.say("go")]
+
+
+@pytest.mark.parametrize(
+    "steps", [[ToolCall("leave_note")], [Thought("Hm."), ToolCall("leave_note")]]
+)
+def test_a_hidden_item_is_no_answer(chat, provider, steps):
+    provider.script["go"] = [steps, []]
+    assert "empty" in error_of(chat.say("go")).message
+
+
+# ---- Requests -------------------------------------------------------------------
+
+
+def test_feedback_leaves_a_line(additions, chat):
+    reply = done(chat.say("hello"))[0].id
+    ids = [chat.items()[0]["id"], reply]
+    chat.get("items.feedback", thread_id=chat.thread_id, item_ids=ids, kind="negative")
+    line = f"feedback thread={chat.thread_id} items={','.join(ids)} kind=negative"
+    assert additions.wait_for(line).count(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [("locked", "The shop is closed."), ("closed", "This thread is closed.")]
+)
+def test_a_thread_that_has_ended(chat, provider, how, reason):
+    provider.script["end it"] = [[ToolCall("end_thread", {"how": how})], [Text("Bye.")]]
+    chat.say("end it")
+    asked = chat.items()[0]["id"]
+    for type, params in (
+        ("threads.add_user_message", {"input": message("still there?")}),
+        ("threads.retry_after_item", {"item_id": asked}),
+    ):
+        response = chat.post(type, thread_id=chat.thread_id, **params)
+        assert (response.status_code, response.json()) == (409, {"detail": reason})
+    assert len(chat.items()) == 2
+    assert chat.get("threads.get_by_id", thread_id=chat.thread_id)["status"]["type"] == how
+
+
+def test_a_store_that_fails_outside_a_stream(additions):
+    start = len(additions.log)
+    response = httpx.post(
+        f"{additions.url}/chatkit",
+        json={"type": "threads.list", "params": {"after": "broken"}},
+        headers={"Origin": "https://app.example"},
+        verify=NO_TLS,
+    )
+    assert response.status_code == 500
+    assert response.json() == {"detail": "The server failed. Its log has the cause."}
+    assert response.headers["access-control-allow-origin"]
+    additions.wait_for("OSError: the disk is full")
+    log = "\n".join(additions.log[start:])
+    assert log.count("Traceback (most recent call last)") == 1
+
+
+def test_every_store_has_unique_ids(tmp_path):
+    main = load_main(tmp_path)
+
+    class Plain(main.MemoryStore):
+        generate_thread_id = Store.generate_thread_id
+        generate_item_id = Store.generate_item_id
+
+    class Own(main.MemoryStore):
+        def generate_thread_id(self, context):
+            return "mine"
+
+    thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
+    plain, own = Plain(), Own()
+    for store in (plain, own):
+        main.ChatKitServerImpl(store)
+    assert len(plain.generate_thread_id({}).removeprefix("thr_")) == 32
+    assert len(plain.generate_item_id("message", thread, {}).removeprefix("msg_")) == 32
+    assert own.generate_thread_id({}) == "mine"
+
+
+def test_an_attachment_store_and_a_converter(tmp_path):
+    main = load_main(tmp_path)
+    attachments, converter = object(), main.Converter()
+    server = main.ChatKitServerImpl(main.MemoryStore(), attachments)
+    server.converter = converter
+    assert (server.attachment_store, server.converter) == (attachments, converter)
