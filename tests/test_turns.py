@@ -1,6 +1,7 @@
 """Turns that meet in one thread, unusual messages, and the log line that each turn leaves."""
 
 import asyncio
+import json
 import re
 import threading
 
@@ -156,6 +157,62 @@ async def test_stop_and_retry_at_once(server, provider):
         assert [text_of(item) for item in done(retried)] == ["second"]
         assert [text_of(item) for item in chat.items()] == ["try", "second"]
         assert provider.requests[-1].messages == [("user", "try")]
+
+
+@pytest.mark.parametrize("connection", ["new", "kept alive"])
+def test_stop_and_send_at_once(servers, provider, connection):
+    """50 times with no pause: the model is told of the stop before it is told the new question.
+
+    Otherwise it would take the new question for what it must not answer.
+    """
+    server = servers("openai")
+    for number in range(50):
+        provider.script["go"] = [[Text("one "), Silence()]]
+        chat = Chat(server.url)
+        stream = chat.start("go")
+        next(event for event in stream if '"one "' in event.model_dump_json())
+        other = chat if connection == "kept alive" else again(chat)
+        if connection == "kept alive":
+            assert chat.http.get("/health").status_code == 200
+        stream.close()
+        assert [text_of(item) for item in done(other.say(f"and {number}"))]
+        texts = [text for _, text in provider.requests[-1].messages]
+        assert texts[:2] == ["go", "one "]
+        assert "cancelled the stream" in texts[2]
+        assert texts[3:] == [f"and {number}"]
+
+
+async def test_a_message_that_arrives_before_the_stop(main, provider):
+    """Whoever stops a reply and sends the next message does both at the same moment.
+
+    The server may hear of the message first.
+    """
+    provider.script["go"] = [[Text("one "), Silence()]]
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+
+    async def process(type: str, **params):
+        request = {"type": type, "params": params}
+        return (await server.process(json.dumps(request).encode(), {})).json_events
+
+    stream = await process("threads.create", input=message("go"))
+    thread_id = json.loads((await anext(stream))[6:])["thread"]["id"]
+    while b'"one "' not in await anext(stream):
+        pass
+    next_turn = asyncio.create_task(
+        process("threads.add_user_message", thread_id=thread_id, input=message("and on"))
+    )
+    await asyncio.sleep(0)
+    await stream.aclose()
+    assert [event async for event in await next_turn]
+    page = await server.store.load_thread_items(thread_id, None, 10, "asc", {})
+    assert [item.type for item in page.data] == [
+        "user_message",
+        "assistant_message",
+        "sdk_hidden_context",
+        "user_message",
+        "assistant_message",
+    ]
 
 
 # ---- Unusual messages and replies -----------------------------------------------
