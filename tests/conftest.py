@@ -131,6 +131,8 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped": {"PROVIDER": "mock"},
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
+    "stopped_streaming": {"PROVIDER": "openai"},
+    "served_streaming": {"PROVIDER": "openai"},
 }
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = (
@@ -145,7 +147,19 @@ ON_POSTGRES = (
 # These start as a user starts them, the others as forks of a process that has done the imports.
 NEW_PROCESSES = ("gemini", "env_file")
 # What differs in main.py from the original.
-CHANGES = {"stopped_busy": {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}}
+SOON = {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}
+ON_SQLITE = {
+    "store = MemoryStore()": """
+from sqlite_store import SQLiteStore
+
+store = SQLiteStore(os.environ["DATABASE"])
+"""
+}
+CHANGES = {
+    "stopped_busy": SOON,
+    "stopped_streaming": {**SOON, **ON_SQLITE},
+    "served_streaming": {**SOON, **ON_SQLITE},
+}
 # What runs in main.py's place, by the first word of the server's name.
 PROGRAMS = {
     "customised": SUPPORT / "customised.py",
@@ -153,6 +167,7 @@ PROGRAMS = {
     "additions": SUPPORT / "additions.py",
     "sqlite": EXAMPLES / "sqlite_store.py",
     "env": SUPPORT / "served.py",
+    "served": SUPPORT / "served.py",
 }
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import time
-from itertools import count
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -14,8 +14,20 @@ import pytest
 from agents import Model, ModelSettings, ModelTracing, function_tool
 from openai.types.responses import Response
 
-from client import NO_TLS, Chat, done, memory, message, text_of, until
+from client import (
+    NO_TLS,
+    Chat,
+    done,
+    error_of,
+    items_shown,
+    memory,
+    message,
+    outline,
+    text_of,
+    until,
+)
 from provider import Pause, Silence, Text, Thought, ToolCall
+from test_turns import Reading
 
 pytestmark = pytest.mark.anyio
 COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR")
@@ -37,32 +49,116 @@ def shown(events: list) -> str:
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
 
 
-async def test_leaving_at_any_event(custom_chat, customised, provider):
-    """The provider's connection is closed within a second.
+# ---- Every event of a turn ------------------------------------------------------
 
-    The streamed text is stored, and the thread goes on.
+# The pieces of a turn with a thought, a text, a tool and a text after it, each with what is shown
+# when all events of the piece have come.
+PIECES = [
+    (Thought("Hm, "), "[workflow]Hm, "),
+    (Thought("well."), "[workflow]Hm, well."),
+    (Text("one "), "[workflow]Hm, well.[message]one "),
+    (Text("two "), "[workflow]Hm, well.[message]one two "),
+    (ToolCall("clock"), "[workflow]Hm, well.[message]one two "),
+    (Text("three "), "[workflow]Hm, well.[message]one two [message]three "),
+    (Text("four"), "[workflow]Hm, well.[message]one two [message]three four"),
+    (ToolCall("clock"), "[workflow]Hm, well.[message]one two [message]three four"),
+]
+
+
+class PieceByPiece:
+    """A chat whose provider sends the next piece when all events of the last one were read."""
+
+    def __init__(self, url: str, provider, text: str) -> None:
+        self.chat, self.provider, self.text = Chat(url), provider, text
+        self.gates = [Silence() for _ in PIECES]
+        self.sent = 0  # the number of pieces that the provider was allowed to send
+        self.events: list = []
+        requests: list[list] = [[]]
+        for gate, (piece, _) in zip(self.gates, PIECES, strict=True):
+            requests[-1] += [gate, piece]
+            if isinstance(piece, ToolCall):
+                requests.append([])
+        provider.script[text] = [*requests[:-1], [Silence()]]
+
+    def leave_after(self, count: int) -> "PieceByPiece":
+        """Leave after so many events, or when those of the last piece were read."""
+        stream = self.chat.start(self.text)
+        for event in stream:
+            if event.type == "progress_update":  # a heartbeat
+                continue
+            self.events.append(event)
+            if len(self.events) == count or (self.all_read() and self.sent == len(PIECES)):
+                break
+            if self.all_read():
+                self.gates[self.sent].end.set()
+                self.sent += 1
+        stream.close()
+        for request in self.requests():
+            assert request.closed.wait(1)
+        return self
+
+    def all_read(self) -> bool:
+        """Whether the provider waits: every event of what it has sent was read."""
+        if self.sent == 0:
+            return self.events[-1].type == "thread.updated"  # the new title is the last before it
+        if isinstance(PIECES[self.sent - 1][0], ToolCall):
+            return self.events[-1].type == "thread.item.done"
+        return self.shown() == self.outline_of_what_was_sent()
+
+    def outline_of_what_was_sent(self) -> str:
+        return PIECES[self.sent - 1][1] if self.sent else ""
+
+    def shown(self) -> str:
+        return outline(items_shown(self.events))
+
+    def requests(self) -> list:
+        return [request for request in list(self.provider.requests) if request.message == self.text]
+
+
+def test_leaving_after_any_event(customised, provider):
+    """What was shown is stored, and nothing that the provider had not sent.
+
+    The provider's connection is closed within a second, the log has one line for the turn, and the
+    thread goes on.
     """
-    first = [Thought("Hm. "), Text("one "), Text("two "), ToolCall("clock")]
-    second = [Text("three "), Text("four "), Text("five"), Silence()]
-    with customised.no_new(*COMPLAINTS):
-        for place in range(2, 14):
-            provider.script["go"] = [first, second]
-            provider.requests.clear()
-            chat = Chat(customised.url)
-            places = count()
-            events = leave_after(
-                chat, "go", lambda _, places=places, place=place: next(places) == place
+    start = len(customised.log)
+    whole = PieceByPiece(customised.url, provider, "the whole turn").leave_after(1000)
+    assert whole.sent == len(PIECES)
+    places = range(1, len(whole.events))
+    with ThreadPoolExecutor(len(places)) as pool:
+        chats = list(
+            pool.map(
+                lambda place: PieceByPiece(
+                    customised.url, provider, f"leave after {place}"
+                ).leave_after(place),
+                places,
             )
-            assert len(events) == place + 1
-            reader = Chat(customised.url, thread_id=chat.thread_id)
-            # The note of the cancellation is what is stored last.
-            await until(lambda reader=reader: reader.debug()[-1]["type"] == "SDKHiddenContextItem")
-            assert all(request.closed.wait(1) for request in provider.requests), place
-            stored = [
-                text_of(item) for item in reader.items() if item["type"] == "assistant_message"
-            ]
-            assert "".join(stored).startswith(shown(events)), place
-            assert [text_of(item) for item in done(reader.say("and on"))] == ["You said: and on"]
+        )
+    assert [len(left.events) for left in chats] == list(places)
+    chats.append(whole)
+    for left in chats:
+        customised.wait_for(f"thread={left.chat.thread_id} ", seconds=10)
+    log = customised.log[start:]
+    for left in chats:
+        stored = left.chat.items()
+        stored_outline = outline(stored)
+        if left.all_read():
+            assert stored_outline == left.shown()
+        ids = [item["id"] for item in items_shown(left.events)]
+        assert [item["id"] for item in stored][: len(ids)] == ids
+        assert stored_outline.startswith(left.shown())
+        assert left.outline_of_what_was_sent().startswith(stored_outline)
+        (line,) = [line for line in log if f"thread={left.chat.thread_id} " in line]
+        assert " end=stopped " in line
+        assert [text_of(item) for item in done(left.chat.say("and on"))] == ["You said: and on"]
+    threads = chats[0].chat.http.get("/debug/threads").json()
+    for left in chats:
+        kinds = [item["type"] for item in threads[left.chat.thread_id]["items"]]
+        assert kinds.count("SDKHiddenContextItem") == 1
+        assert kinds[-3] == "SDKHiddenContextItem"
+    assert [
+        line for line in log if " turn pid=" not in line and '"POST /chatkit ' not in line
+    ] == []
 
 
 async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
@@ -248,6 +344,39 @@ async def test_told_to_stop(servers, provider, busy):
     assert not provider.open()
     for complaint in ("never retrieved", "was destroyed", "Unclosed"):
         assert complaint not in "\n".join(server.log)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("stopped_streaming", 0), ("served_streaming", -signal.SIGTERM)],
+    ids=["python main.py", "uvicorn main:app"],
+)
+async def test_told_to_stop_while_replies_stream(servers, provider, name, code):
+    """What was shown is stored, and each client gets a last event with words.
+
+    The log has one line for each turn and no traceback. uvicorn's own program ends with the signal.
+    """
+    provider.script["go"] = [[Thought("Hm. "), Text("one "), Silence()]]
+    server = servers(name)
+    chats = [Chat(server.url) for _ in range(8)]
+    readings = [Reading(chat.start("go")) for chat in chats]
+    for reading in readings:
+        await reading.until('"one "')
+    start = len(server.log)
+    assert await asyncio.to_thread(server.stop, signal.SIGTERM) == code
+    reader = servers("sqlite_1")
+    for chat, reading in zip(chats, readings, strict=True):
+        events = await reading.end()
+        error = error_of(events)
+        assert (error.code, error.allow_retry) == ("custom", True)
+        assert "server was stopped" in error.message and "Try again" in error.message
+        stored = Chat(reader.url, thread_id=chat.thread_id).items()
+        assert stored[0]["type"] == "user_message"
+        assert outline(stored) == outline(items_shown(events)) == "[workflow]Hm. [message]one "
+        (line,) = [line for line in server.log[start:] if f"thread={chat.thread_id} " in line]
+        assert " end=stopped " in line
+    assert not [line for line in server.log if any(text in line for text in COMPLAINTS)]
+    assert not provider.open()
 
 
 async def test_a_run_ends_when_its_reader_leaves(main):

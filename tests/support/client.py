@@ -117,7 +117,9 @@ class Server:
         environment = {
             "PATH": PATH,
             "HOME": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(SUPPORT / "only_loopback"), str(main.parent)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(SUPPORT / "only_loopback"), str(main.parent), str(EXAMPLES)]
+            ),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
             "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",
@@ -297,6 +299,49 @@ def deltas(events: list, item_id: str) -> str:
         if event.type == "thread.item.updated" and event.item_id == item_id
     ]
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
+
+
+def items_shown(events: list) -> list[dict]:
+    """The items that a client shows after these events, in the shape of items.list."""
+    items: dict[str, dict] = {}
+    for event in events:
+        match event.type:
+            case "thread.item.added" | "thread.item.done" | "thread.item.replaced":
+                items[event.item.id] = event.item.model_dump(mode="json")
+            case "thread.item.removed":
+                del items[event.item_id]
+            case "thread.item.updated":
+                apply(event.update, items[event.item_id])
+    return list(items.values())
+
+
+def apply(update, item: dict) -> None:
+    """Apply an update of a message or a workflow, as a client does."""
+    if update.type.startswith("workflow."):
+        parts, index, part = item["workflow"]["tasks"], update.task_index, update.task
+    else:
+        parts, index = item["content"], update.content_index
+        part = getattr(update, "content", None)
+    if update.type.endswith("text_delta"):
+        parts[index]["text"] += update.delta
+    elif update.type.endswith(".added"):
+        assert index == len(parts), update
+        parts.append(part.model_dump(mode="json"))
+    else:
+        parts[index] = part.model_dump(mode="json")
+
+
+def outline(items: list[dict]) -> str:
+    """The kinds and the texts of all items but the user's, as one text."""
+    found = ""
+    for item in items:
+        match item["type"]:
+            case "assistant_message":
+                found += f"[message]{text_of(item)}"
+            case "workflow":
+                tasks = item["workflow"]["tasks"]
+                found += "[workflow]" + "|".join(task["content"] for task in tasks)
+    return found
 
 
 def say_at_once(url: str, texts: list[str], seconds: float = 20) -> dict[str, list]:
