@@ -59,9 +59,10 @@ import secrets
 import signal
 import threading
 import time
+import traceback
 import warnings
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -146,7 +147,9 @@ from chatkit.types import (
     AssistantMessageItem,
     Attachment,
     ChatKitReq,
+    ClientToolCallItem,
     ErrorEvent,
+    HiddenContextItem,
     InferenceOptions,
     Page,
     ProgressUpdateEvent,
@@ -168,9 +171,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litellm.exceptions import ContentPolicyViolationError, ContextWindowExceededError
 from openai.types.responses import (
+    ResponseFunctionToolCallParam,
+    ResponseInputMessageContentListParam,
     ResponseInputTextParam,
     ResponseReasoningSummaryTextDoneEvent,
 )
+from openai.types.responses.response_input_item_param import FunctionCallOutput, Message
 from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
@@ -902,7 +908,71 @@ class Turn:
 
 
 class Converter(ThreadItemConverter):
-    """chatkit's conversion of thread items to the model's input, with two gaps closed."""
+    """chatkit's conversion of thread items to the model's input, with its gaps closed."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()  # ids of the items that could not be converted
+
+    async def to_agent_input(
+        self, thread_items: Sequence[ThreadItem] | ThreadItem
+    ) -> list[TResponseInputItem]:
+        items = thread_items if isinstance(thread_items, Sequence) else [thread_items]
+        told: list[TResponseInputItem] = []
+        for item in items:
+            # One at a time: an item that cannot be converted would fail every later turn.
+            try:
+                told += await super().to_agent_input(item)
+            except Exception as error:
+                self.log_once(item, error)
+                told.append(user_message(f"[Here is a {item.type} that cannot be shown to you.]"))
+        return told
+
+    def log_once(self, item: ThreadItem, error: Exception) -> None:
+        """Log where the error was raised. Its text may hold what was said in the chat."""
+        if item.id in self.failed:
+            return
+        self.failed.add(item.id)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        logger.error(
+            "Item %s of thread %s, a %s, cannot be told to the model: %s in %s, %s line %s",
+            item.id,
+            item.thread_id,
+            item.type,
+            type(error).__name__,
+            place.name,
+            place.filename,
+            place.lineno,
+        )
+
+    async def user_message_to_input(
+        self, item: UserMessageItem, is_last_message: bool = True
+    ) -> list[TResponseInputItem]:
+        # chatkit tells a quoted text only while its message is the last item, and of two tags with
+        # the same text only the first.
+        text = ""
+        tags: dict[tuple[str, str], UserMessageTagContent] = {}
+        for part in item.content:
+            if part.type == "input_tag":
+                text += f"@{part.text}"
+                tags[part.id, part.text] = part
+            else:
+                text += part.text
+
+        told: list[TResponseInputItem] = []
+        typed = user_message(text) if text.strip() else user_message()
+        for attachment in item.attachments:
+            typed["content"].append(await self.attachment_to_message_content(attachment))
+        if typed["content"]:
+            told.append(typed)
+        if item.quoted_text:
+            quote = f"The user is referring to this in particular:\n{item.quoted_text}"
+            told.append(user_message(quote))
+        if tags:
+            explained = user_message("What the names after @ stand for. Write them without the @.")
+            for tag in tags.values():
+                explained["content"].append(await self.tag_to_message_content(tag))
+            told.append(explained)
+        return told
 
     async def assistant_message_to_input(
         self, item: AssistantMessageItem
@@ -915,8 +985,50 @@ class Converter(ThreadItemConverter):
         return {"type": "message", "role": "assistant", "content": text}
 
     async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
-        data = json.dumps({"id": tag.id, **tag.data})
-        return {"type": "input_text", "text": f"{tag.text}: {data}"}
+        data = {name: value for name, value in tag.data.items() if name != "id"}
+        text = f"{tag.text}: {as_json({'id': tag.id, **data})}"
+        return {"type": "input_text", "text": text}
+
+    async def hidden_context_to_input(
+        self, item: HiddenContextItem
+    ) -> TResponseInputItem | list[TResponseInputItem] | None:
+        if not isinstance(item.content, str):
+            item = item.model_copy(update={"content": as_json(item.content)})
+        return await super().hidden_context_to_input(item)
+
+    async def client_tool_call_to_input(
+        self, item: ClientToolCallItem
+    ) -> list[TResponseInputItem] | None:
+        if item.status == "pending":  # providers refuse a call without its output
+            return None
+        return call_and_output(
+            item.call_id, item.name, as_json(item.arguments), as_json(item.output)
+        )
+
+
+def user_message(*texts: str) -> Message:
+    """Return a message for the model in the role of the user."""
+    parts: ResponseInputMessageContentListParam = [
+        ResponseInputTextParam(type="input_text", text=text) for text in texts
+    ]
+    return Message(type="message", role="user", content=parts)
+
+
+def call_and_output(
+    call_id: str, name: str, arguments: str, output: str
+) -> list[TResponseInputItem]:
+    """Return a tool call and its output for the model."""
+    return [
+        ResponseFunctionToolCallParam(
+            type="function_call", call_id=call_id, name=name, arguments=arguments
+        ),
+        FunctionCallOutput(type="function_call_output", call_id=call_id, output=output),
+    ]
+
+
+def as_json(value: Any) -> str:
+    """Return the value as JSON for the model, to whom other scripts are not escaped."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 class ChatKitServerImpl(ChatKitServer[Context]):
@@ -1152,7 +1264,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def check_message(
         self, message: UserMessageInput, thread: ThreadMetadata | None, context: Context
     ) -> None:
-        if not message_text(message) and not message.attachments:
+        quoted_text = (message.quoted_text or "").strip()
+        if not message_text(message) and not quoted_text and not message.attachments:
             raise HTTPException(400, "The message is empty.")
         for attachment_id in message.attachments:
             await self.store.load_attachment(attachment_id, context)
@@ -1518,7 +1631,7 @@ async def debug_items(thread_id: str, context: Context) -> dict[str, Any]:
         lambda after: store.load_thread_items(thread_id, after, 100, "asc", context)
     ):
         item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
-        if hasattr(item, "content") and item.content:
+        if item.type in ("user_message", "assistant_message") and item.content:
             item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
         items.append(item_data)
     return {"items": items, "count": len(items)}

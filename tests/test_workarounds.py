@@ -67,6 +67,32 @@ def test_tags_are_not_implemented(chat, provider):
     assert any('report: {"id": "doc_1", "year": "2026"}' in text for text in texts)
 
 
+def test_a_quote_is_told_once(chat, provider):
+    """chatkit tells it only while its message is the newest item of the thread."""
+    chat.say("what is this?", quoted_text="the quoted part")
+    quoted = [
+        ("user", "what is this?"),
+        ("user", "The user is referring to this in particular:\nthe quoted part"),
+    ]
+    assert provider.requests[-1].messages == quoted
+    chat.say("and on")
+    assert provider.requests[-1].messages[:2] == quoted
+    assert provider.requests[-1].messages[-1] == ("user", "and on")
+
+
+def test_json_in_a_hidden_item_is_not_implemented(custom_chat, provider):
+    """chatkit's converter raises NotImplementedError for all but a text, in every later turn."""
+    custom_chat.say("hello")
+    for content in ({"ort": "Köln", "n": [1, None]}, 5):
+        custom_chat.http.post(f"/hidden/{custom_chat.thread_id}", json=content)
+    custom_chat.say("and on")
+    hidden = "Hidden context for the agent (not shown to the user):\n<HiddenContext>\n"
+    assert provider.requests[-1].messages[2:4] == [
+        ("user", hidden + '{"ort": "Köln", "n": [1, null]}\n</HiddenContext>'),
+        ("user", hidden + "5\n</HiddenContext>"),
+    ]
+
+
 # ---- Replies --------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import os
 import time
+from datetime import datetime
 
 import uvicorn
 from agents import (
@@ -20,6 +21,7 @@ from agents import (
 from chatkit.agents import AgentContext, ClientToolCall
 from chatkit.types import CustomTask, HiddenContextItem, TaskItem, ThreadItemDoneEvent, Workflow
 from chatkit.widgets import Card, Text
+from fastapi import Request
 
 import main
 
@@ -96,6 +98,22 @@ async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
 
 
+def hidden(thread_id: str, content, context) -> HiddenContextItem:
+    return HiddenContextItem(
+        id=main.store.generate_item_id("message", None, context),
+        thread_id=thread_id,
+        created_at=datetime.now(),
+        content=content,
+    )
+
+
+async def hidden_context_to_input(item, convert=main.server.converter.hidden_context_to_input):
+    if item.content == "what no converter knows":
+        raise NotImplementedError(f"secret words of {item.content}")
+    return await convert(item)
+
+
+main.server.converter.hidden_context_to_input = hidden_context_to_input
 main.server.agent.tools += [
     clock,
     pick_colour,
@@ -136,6 +154,13 @@ main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECO
 
 
 app = main.app
+
+
+@app.post("/hidden/{thread_id}")
+async def add_hidden_item(thread_id: str, request: Request):
+    """Put a hidden item of the application's own into a thread."""
+    item = hidden(thread_id, await request.json(), {})
+    await main.server.store.add_thread_item(thread_id, item, {})
 
 
 @app.get("/worker")
