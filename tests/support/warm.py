@@ -14,9 +14,12 @@ os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABL
 
 for name in (
     "agents.extensions.models.litellm_model",
+    "anyio._backends._asyncio",
     "chatkit.server",
     "fastapi.security",
+    "httpcore",
     "litellm",
+    "litellm._service_logger",
     "litellm.proxy._types",
     "openai.resources.chat",
     "uvicorn.protocols.http.auto",
