@@ -642,6 +642,8 @@ class ProviderModel(LitellmModel):
             logger.error("%s (%s: %.500s)", message, type(error).__name__, cause)
         else:
             logger.error("%s", message)
+        if turn := Turn.current.get(None):
+            turn.logged_message = message
         return ProviderFault(message, allow_retry=allow_retry)
 
 
@@ -798,6 +800,7 @@ class Turn:
         self.agent_context: AgentContext[Context] | None = None
         self.model = model  # the one that ran last
         self.end = "done"  # for the log: done, stopped or fault
+        self.logged_message: str | None = None  # of the fault that the model has logged
         self.stopped = False
         self.client_left = False
         self.started = self.last_event = time.monotonic()
@@ -859,10 +862,20 @@ class Turn:
             self.first_delta = self.last_event - self.started
         if event.startswith(b'data: {"type":"error"'):
             self.end = "fault"
+            self.log_message(event)
         if self.thread_id is None and event.startswith(b'data: {"type":"thread.created"'):
             self.thread_id = json.loads(event.removeprefix(b"data: "))["thread"]["id"]
         if not self.stopped:
             self.queue.put_nowait(event)
+
+    def log_message(self, error_event: bytes) -> None:
+        """Log what the client reads of a CustomStreamError that the application has raised.
+
+        The model has logged its own faults, and chatkit the errors that have no message.
+        """
+        message = json.loads(error_event.removeprefix(b"data: ")).get("message")
+        if message and message != self.logged_message:
+            logger.error("%s", message)
 
     def send_heartbeats(self) -> None:
         """Queue a heartbeat if no event came for SILENCE_SECONDS, and look again in time."""

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from client import Chat, deltas, done, message, processes, text_of, until
+from client import Chat, deltas, done, error_of, message, processes, text_of, until
 from provider import Failure, Finish, Silence, Text, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +50,8 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
         "text": [[Text("one "), Text("two "), Silence()]],
         "text after a tool": [[Text("one "), ToolCall("clock")], [Text("two "), Silence()]],
     }[streamed]
-    with customised.no_new(*COMPLAINTS):
+    start = len(customised.log)
+    with customised.no_new(*COMPLAINTS, "ERROR"):
         reading = Reading(custom_chat.start("go"))
         await reading.until("stream_options" if streamed == "nothing" else '"two "')
         await until(
@@ -63,6 +64,10 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
         assert "error" not in [event.type for event in events]
         assert custom_chat.thread_id not in custom_chat.http.get("/debug/threads").json()
         assert custom_chat.http.get("/collect").status_code == 200
+    thread = f"thread={custom_chat.thread_id} "
+    customised.wait_for(thread)
+    (line,) = [line for line in customised.log[start:] if thread in line]
+    assert LINE.fullmatch(line)[5] == "stopped"
 
 
 async def test_a_thread_is_deleted_between_two_turns_of_one_connection(main):
@@ -339,3 +344,71 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
     assert (first_delta is not None) == streamed
     assert 0 <= float(first_delta or 0) <= float(total) < 60
     assert "question" not in line and "key" not in line
+
+
+# What the user does; how the turn ends; what the log says of the cause.
+ENDS = {
+    "an action": ("show", "done", None),
+    "an action that refuses": ("refuse", "fault", "ERROR:    You cannot do this now."),
+    "an action with a bug": ("break", "fault", "ZeroDivisionError: a bug in an action"),
+    "a history that is not read": (
+        "no history",
+        "fault",
+        "OSError: the history was not read",
+    ),
+    "a title that is not saved": ("no title", "fault", "OSError: the title was not saved"),
+    "a message that is not stored": (
+        "more than the disk holds",
+        "fault",
+        "OSError: the disk is full",
+    ),
+    "a reply that is not stored": ("a long reply", "fault", "OSError: the disk is full"),
+    "a bug in a tool": ("use the broken tool", "fault", "ZeroDivisionError: a bug in a tool"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_turn_is_one_log_line_and_a_fault_has_its_cause(servers, provider, name):
+    text, end, cause = ENDS[name]
+    server = servers("customised_openai")
+    provider.script["a long reply"] = [[Text("more than the disk holds")]]
+    provider.script["use the broken tool"] = [[ToolCall("broken")]]
+    chat = Chat(server.url)
+    if "action" in name:
+        chat.say("hello")
+        server.wait_for(f"thread={chat.thread_id} ")
+    start = len(server.log)
+    if "action" in name:
+        action = {"type": text, "payload": {}}
+        events = list(chat.stream("threads.custom_action", thread_id=chat.thread_id, action=action))
+    else:
+        events = chat.say(text)
+    assert [event.type for event in events].count("error") == (1 if end == "fault" else 0)
+    server.wait_for(f"thread={chat.thread_id} ", times=2 if "action" in name else 1)
+    log = server.log[start:]
+    (line,) = [line for line in log if f"thread={chat.thread_id} " in line]
+    thread, provider_is, model, ended = LINE.fullmatch(line).groups()[1:5]
+    assert (thread, provider_is, model) == (chat.thread_id, "openai", MODELS["openai"])
+    assert ended == end
+    before = log[: log.index(line)]
+    if cause:
+        assert before.count(cause) == 1
+    else:
+        assert not [line for line in before if "ERROR" in line]
+
+
+def test_the_log_line_and_the_cause_of_a_missing_key(servers):
+    server = servers("no_key")
+    chat = Chat(server.url)
+    start = len(server.log)
+    error = error_of(chat.say("hello"))
+    server.wait_for(f"thread={chat.thread_id} ")
+    log = server.log[start:]
+    (line,) = [line for line in log if f"thread={chat.thread_id} " in line]
+    assert LINE.fullmatch(line).groups()[1:5] == (
+        chat.thread_id,
+        "gemini",
+        MODELS["gemini"],
+        "fault",
+    )
+    assert log.count(f"ERROR:    {error.message}") == 1

@@ -19,7 +19,19 @@ from agents import (
     output_guardrail,
 )
 from chatkit.agents import AgentContext, ClientToolCall
-from chatkit.types import CustomTask, HiddenContextItem, TaskItem, ThreadItemDoneEvent, Workflow
+from chatkit.errors import CustomStreamError
+from chatkit.types import (
+    AssistantMessageContent,
+    AssistantMessageItem,
+    CustomTask,
+    HiddenContextItem,
+    TaskItem,
+    ThreadItemAddedEvent,
+    ThreadItemDoneEvent,
+    ThreadItemReplacedEvent,
+    WidgetItem,
+    Workflow,
+)
 from chatkit.widgets import Card, Text
 from fastapi import Request
 
@@ -74,6 +86,37 @@ async def three_steps(ctx: Context) -> str:
     return "taken"
 
 
+@function_tool
+async def replace_card(ctx: Context) -> str:
+    """Show a card that is not done yet, and another in its place."""
+    context = ctx.context
+    item = WidgetItem(
+        id=context.generate_id("message"),
+        thread_id=context.thread.id,
+        created_at=context.thread.created_at,
+        widget=Card(children=[Text(value="the first card")]),
+    )
+    await context.stream(ThreadItemAddedEvent(item=item))
+    item = item.model_copy(update={"widget": Card(children=[Text(value="the second card")])})
+    await context.stream(ThreadItemReplacedEvent(item=item))
+    return "replaced"
+
+
+@function_tool(failure_error_function=None)
+async def growing_card(ctx: Context, end: str) -> str:
+    """Show a card whose text grows, until the user leaves or a bug ends it."""
+
+    async def states():
+        for text in ("one ", "one two "):
+            yield Card(children=[Text(id="t", value=text, streaming=True)])
+        if end == "bug":
+            raise ZeroDivisionError("a bug in a widget")
+        await asyncio.Event().wait()
+
+    await ctx.context.stream_widget(states())
+    return "grown"
+
+
 @function_tool(failure_error_function=None)
 async def broken() -> str:
     """A tool with a bug."""
@@ -119,6 +162,8 @@ main.server.agent.tools += [
     pick_colour,
     show_card,
     three_steps,
+    replace_card,
+    growing_card,
     broken,
     broken_database,
     slow,
@@ -127,13 +172,48 @@ main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colo
 main.server.agent.output_guardrails.append(no_secrets)
 
 
+async def act(thread, action, sender, context):
+    """What a click on a widget does."""
+    if action.type == "refuse":
+        raise CustomStreamError("You cannot do this now.", allow_retry=False)
+    if action.type == "break":
+        raise ZeroDivisionError("a bug in an action")
+    item = AssistantMessageItem(
+        id=main.store.generate_item_id("message", thread, context),
+        thread_id=thread.id,
+        created_at=thread.created_at,
+        content=[AssistantMessageContent(text="You clicked.")],
+    )
+    yield ThreadItemDoneEvent(item=item)
+
+
+main.server.action = act
+
+
 async def add_thread_item(thread_id, item, context, add=main.store.add_thread_item):
     if "more than the disk holds" in str(item):
         raise OSError("the disk is full")
     await add(thread_id, item, context)
 
 
+async def save_thread(thread, context, save=main.store.save_thread):
+    if thread.title == "no title":
+        raise OSError("the title was not saved")
+    await save(thread, context)
+
+
+async def load_thread_items(
+    thread_id, after, limit, order, context, load=main.store.load_thread_items
+):
+    page = await load(thread_id, after, limit, order, context)
+    if limit == main.HISTORY_ITEMS and "no history" in str(page):
+        raise OSError("the history was not read")
+    return page
+
+
 main.store.add_thread_item = add_thread_item
+main.store.save_thread = save_thread
+main.store.load_thread_items = load_thread_items
 
 
 def completion(*args, original=main.litellm.main.completion, **kwargs):
