@@ -5,7 +5,7 @@ import pytest
 from chatkit.store import Store
 
 from client import NO_TLS, Chat, done, error_of, load_main, message, text_of
-from provider import Text, Thought, ToolCall
+from provider import Failure, Text, Thought, ToolCall
 
 
 @pytest.fixture
@@ -119,6 +119,41 @@ def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider):
     english, spanish = "You are a helpful assistant.", "Answer in Spanish."
     assert told == [english, spanish, spanish, spanish, english, english]
     assert all("reasoning_effort" not in request.body for request in provider.requests)
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "gemini"])
+@pytest.mark.parametrize("fault", [None, "key", "model", "server"])
+def test_an_agent_with_a_model_of_another_provider(additions, chat, provider, kind, fault):
+    """The fault's text and the log line are those of the model that ran."""
+    name, model = {
+        "anthropic": ("claude", "anthropic/claude-sonnet-4-6"),
+        "gemini": ("gemini", "gemini/gemini-flash-latest"),
+    }[kind]
+    answer = [Failure(fault)] if fault else [Text("Here I am.")]
+    provider.script["go"] = [[ToolCall(f"transfer_to_{name}")], answer]
+    events = chat.say("go")
+    end = "fault" if fault else "done"
+    additions.wait_for(f"thread={chat.thread_id} provider={kind} model={model} end={end} ")
+    first, second = provider.requests
+    assert [first.format.__name__.lower(), second.format.__name__.lower()] == ["openai", kind]
+    if fault is None:
+        assert [text_of(item) for item in done(events)] == ["Here I am."]
+        return
+    says = {"key": f"{kind.upper()}_API_KEY", "model": f"the model {model}", "server": "unavail"}
+    message = error_of(events).message
+    assert says[fault] in message
+    assert "openai" not in message.lower()
+    assert len([line for line in additions.log if line.startswith(f"ERROR:    {message} (")]) >= 1
+
+
+def test_an_agent_whose_model_has_no_key(additions, chat, provider):
+    provider.script["go"] = [[ToolCall("transfer_to_mistral")], [Text("Never.")]]
+    message = error_of(chat.say("go")).message
+    assert message == "This server has no MISTRAL_API_KEY. Set it, or try PROVIDER=mock."
+    line = f"thread={chat.thread_id} provider=mistral model=mistral/m end=fault "
+    log = additions.wait_for(line)
+    assert f"ERROR:    {message}\n" in log
+    assert len(provider.requests) == 1
 
 
 def test_other_model_settings_lose_nothing(tmp_path, additions, provider):

@@ -92,6 +92,13 @@ async def ask_browser(ctx: Context) -> str:
 spanish = Agent("Spanish", instructions="Answer in Spanish.")
 main.server.agent.handoffs.append(spanish)
 spanish.handoffs.append(main.server.agent)
+# Agents with models of other providers; there is no key for the last one.
+for name, model in (
+    ("Claude", "anthropic/claude-sonnet-4-6"),
+    ("Gemini", "gemini/gemini-flash-latest"),
+    ("Mistral", "mistral/m"),
+):
+    main.server.agent.handoffs.append(Agent(name, model=model))
 main.server.agent.tools += [
     play_sound,
     give_notice,
