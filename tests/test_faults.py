@@ -1,7 +1,10 @@
 """The provider fails: one error event that says what to do, one log line, the thread goes on."""
 
+import asyncio
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from agents import ModelSettings, ModelTracing
@@ -124,6 +127,52 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name):
     assert "unavailable" in error.message and error.allow_retry
 
 
+class Refused(Exception):
+    """As the libraries of providers raise it."""
+
+    def __init__(self, status_code: int):
+        self.status_code = status_code
+
+
+def raised(*errors: Exception, cause: bool) -> Exception:
+    """The last of the errors, raised because of the one before or while it was handled."""
+    for earlier, later in pairwise(errors):
+        try:
+            try:
+                raise earlier
+            except Exception as error:
+                if cause:
+                    raise later from error
+                raise later  # noqa: B904 - its cause is not named on purpose
+        except Exception:
+            pass
+    return errors[-1]
+
+
+@pytest.mark.parametrize("cause", [True, False], ids=["cause", "context"])
+def test_a_status_inside_of_another_error(main, cause):
+    """It is found at any depth; so is the class of an error."""
+
+    def found(*errors: Exception) -> str | None:
+        fault = main.find_fault(raised(*errors, cause=cause))
+        return fault and fault.message
+
+    assert "rate limit" in found(Refused(429))
+    assert "rate limit" in found(Refused(429), ValueError())
+    assert "rate limit" in found(Refused(429), ValueError(), RuntimeError())
+    assert "timed out" in found(TimeoutError(), ValueError(), RuntimeError())
+    assert found(KeyError(), ValueError(), RuntimeError()) is None
+    # The first row of FAULTS that fits wins, wherever it stands.
+    assert "refused the key" in found(Refused(403), Refused(429))
+    assert "refused the key" in found(Refused(429), Refused(403))
+
+
+def test_a_circle_of_errors(main):
+    first, second = ValueError(), RuntimeError()
+    first.__context__, second.__context__ = second, first
+    assert main.find_fault(first) is None
+
+
 def test_other_chats_go_on_while_a_web_page_is_no_stream(server, provider):
     provider.script["lost"] = [[Failure("html")]]
     provider.script["half a chunk"] = [[Text("a"), Raw(b'data: {"candidates": [{"cont')]]
@@ -178,6 +227,44 @@ def test_heartbeats_while_the_model_is_silent(custom_chat, provider):
     assert [event.type for event in events].count("progress_update") >= 2
     assert [text_of(item) for item in done(events)] == ["Well, yes."]
     assert [item["type"] for item in custom_chat.items()] == ["user_message", "assistant_message"]
+
+
+class Clock:
+    """In the place of `time` and of the event loop: it moves from one call to the next."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, call) -> None:
+        self.calls.append((self.now + delay, call))
+
+    def move(self) -> None:
+        self.calls.sort(key=lambda call: call[0])
+        self.now, call = self.calls.pop(0)
+        call()
+
+
+def test_a_heartbeat_comes_when_the_silence_has_lasted(main, monkeypatch):
+    """Not when the silence is looked at next, which may be almost twice as late."""
+    clock = Clock()
+    loop = SimpleNamespace(Queue=asyncio.Queue, get_running_loop=lambda: clock)
+    monkeypatch.setattr(main, "time", clock)
+    monkeypatch.setattr(main, "asyncio", loop)
+    turn = main.Turn(set(), None)
+    turn.send_heartbeats()
+    for silences in (0.3, 0.7, 2.6):
+        clock.call_later(silences * main.SILENCE_SECONDS, lambda: turn.put(b"an event"))
+    times = []
+    while len(times) < 3:
+        clock.move()
+        while turn.queue.qsize():
+            if turn.queue.get_nowait() == main.HEARTBEAT:
+                times.append(clock.now / main.SILENCE_SECONDS)
+    assert times == pytest.approx([1.7, 3.6, 4.6])
 
 
 def test_silence_is_a_quarter_of_what_proxies_allow():

@@ -4,13 +4,20 @@ import json
 import random
 import socket
 import time
+from datetime import datetime
+from types import MethodType, SimpleNamespace
+from typing import ClassVar
 
 import httpx
 import pytest
+from chatkit.store import AttachmentStore
+from chatkit.types import CustomTask, FileAttachment, TaskItem, WidgetItem
+from chatkit.widgets import Card
 
 from client import NO_TLS, Chat, done, memory, message, text_of
 from provider import Failure, ToolCall
 
+NOW = datetime(2026, 1, 1)
 NO_TRACE = ("Traceback", "Exception", "ERROR")
 
 
@@ -151,6 +158,148 @@ def test_not_possible_here(server, type, params, says):
     names = {"THREAD": chat.thread_id, "REPLY": reply}
     params = {name: names.get(str(value), value) for name, value in params.items()}
     refused(server, 400, says, json={"type": type, "params": params})
+
+
+CUSTOM_ACTION = {
+    "type": "threads.custom_action",
+    "params": {"thread_id": "thr_1", "action": {"type": "a", "payload": {}}},
+}
+
+
+def with_action(main, where: str):
+    """A server whose `action` is written in this place."""
+
+    async def action(self, thread, action, sender, context):
+        yield main.ProgressUpdateEvent(text="acted")
+
+    plain = main.ChatKitServerImpl
+    base = type("Base", (plain,), {"action": action})
+    mixin = type("Mixin", (), {"action": action})
+    kind = {
+        "the class": base,
+        "a base class": type("Derived", (base,), {}),
+        "a mixin": type("Mixed", (mixin, plain), {}),
+        "the object": plain,
+    }[where]
+    server = kind(main.MemoryStore())
+    if where == "the object":
+        server.action = MethodType(action, server)
+    return server
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", ["the class", "a base class", "a mixin", "the object"])
+async def test_an_action_may_be_written_anywhere(main, where):
+    server = with_action(main, where)
+    await server.store.save_thread(main.ThreadMetadata(id="thr_1", created_at=NOW), {})
+    events = [event async for event in await server.process(json.dumps(CUSTOM_ACTION), {})]
+    assert b'"text":"acted"' in events[1]
+
+
+@pytest.mark.anyio
+async def test_an_action_that_is_written_nowhere(main):
+    with pytest.raises(main.HTTPException) as refusal:
+        await main.ChatKitServerImpl(main.MemoryStore()).process(json.dumps(CUSTOM_ACTION), {})
+    assert refusal.value.status_code == 400
+    assert refusal.value.detail == "threads.custom_action is not supported."
+
+
+@pytest.mark.anyio
+async def test_an_action_on_an_item(main):
+    """It is about a widget, or about nothing."""
+    server = with_action(main, "the class")
+    await server.store.save_thread(main.ThreadMetadata(id="thr_1", created_at=NOW), {})
+    base = {"thread_id": "thr_1", "created_at": NOW}
+    for item in (
+        WidgetItem(id="wig_1", widget=Card(children=[]), **base),
+        TaskItem(id="tsk_1", task=CustomTask(title="t"), **base),
+    ):
+        await server.store.add_thread_item("thr_1", item, {})
+
+    async def act(item_id: str):
+        params = {**CUSTOM_ACTION["params"], "item_id": item_id}
+        return await server.process(json.dumps({**CUSTOM_ACTION, "params": params}), {})
+
+    assert [event async for event in await act("wig_1")]
+    with pytest.raises(main.HTTPException, match="Item tsk_1 is not a widget"):
+        await act("tsk_1")
+    with pytest.raises(main.NotFoundError, match="Item msg_x not found"):
+        await act("msg_x")
+
+
+class Attachments(AttachmentStore):
+    """What an application writes for its files; it remembers which were deleted."""
+
+    def __init__(self):
+        self.deleted: list[str] = []
+
+    async def delete_attachment(self, attachment_id, context):
+        self.deleted.append(attachment_id)
+
+
+@pytest.mark.anyio
+async def test_an_attachment_of_another_user(main):
+    """It cannot be deleted, or be added to a message."""
+    alice, bob = {"user_id": "alice"}, {"user_id": "bob"}
+    files = Attachments()
+    server = main.ChatKitServerImpl(main.MemoryStore(), files)
+    attachment = FileAttachment(id="atc_1", name="a.txt", mime_type="text/plain")
+    await server.store.save_attachment(attachment, alice)
+    delete = json.dumps({"type": "attachments.delete", "params": {"attachment_id": "atc_1"}})
+    send = json.dumps(
+        {"type": "threads.create", "params": {"input": message("hi", attachments=["atc_1"])}}
+    )
+    for request in (delete, send):
+        with pytest.raises(main.NotFoundError, match="Attachment atc_1 not found"):
+            await server.process(request, bob)
+    assert files.deleted == []
+    assert await server.store.load_attachment("atc_1", alice) == attachment
+
+    await server.process(delete, alice)
+    assert files.deleted == ["atc_1"]
+    with pytest.raises(main.NotFoundError):
+        await server.store.load_attachment("atc_1", alice)
+
+
+@pytest.mark.anyio
+async def test_requests_of_newer_releases_of_chatkit(main):
+    """chatkit 1.4 does not know them, so the requests are made here."""
+
+    class Newer(main.MemoryStore):
+        """A Store whose thread has these items."""
+
+        items: ClassVar = {
+            "sti_1": SimpleNamespace(type="structured_input", status="pending"),
+            "sti_2": SimpleNamespace(type="structured_input", status="completed"),
+            "wig_1": SimpleNamespace(type="widget"),
+        }
+
+        async def load_item(self, thread_id, item_id, context):
+            return self.items[item_id]
+
+    server = main.ChatKitServerImpl(Newer())
+    await server.store.save_thread(main.ThreadMetadata(id="thr_1", created_at=NOW), {})
+
+    async def refusal(type: str, item_id: str = "", thread_id: str = "thr_1") -> str:
+        params = SimpleNamespace(thread_id=thread_id, item_id=item_id)
+        try:
+            await server.check(SimpleNamespace(type=type, params=params), {})
+        except main.HTTPException as error:
+            return f"{error.status_code} {error.detail}"
+        return ""
+
+    structured = "threads.add_structured_input"
+    assert await refusal(structured, "sti_1") == ""
+    assert await refusal(structured, "sti_2") == "400 Item sti_2 is not pending."
+    assert await refusal(structured, "wig_1") == "400 Item wig_1 is not a structured_input."
+    with pytest.raises(main.NotFoundError, match="Thread thr_2 not found"):
+        await refusal(structured, "sti_1", "thr_2")
+
+    for type, method in (("threads.sync_custom_action", "sync_action"), ("input.transcribe", None)):
+        assert await refusal(type, "wig_1") == f"400 {type} is not supported."
+        setattr(server, method or "transcribe", lambda *_: None)
+        assert await refusal(type, "wig_1") == ""
+    assert await refusal("threads.sync_custom_action", "sti_1") == "400 Item sti_1 is not a widget."
 
 
 def test_a_second_output_for_a_client_tool_call(customised, provider):
