@@ -25,7 +25,7 @@ Settings PROVIDER, MODEL, MODELS, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY,
          see .env.example
 
 Limits   threads are kept in memory, by one process; the model sees the newest HISTORY_ITEMS
-         items of a thread; a request body has at most MAX_BODY_BYTES
+         items of a thread; MAX_BODY_BYTES and the constants after it bound a request
 
 The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it is one turn.
 
@@ -187,7 +187,15 @@ INSTRUCTIONS = "You are a helpful assistant."
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
 TITLE_LENGTH = 60  # a thread is named after so many characters of its first message
-MAX_BODY_BYTES = 4 * 1024 * 1024
+# What one request may ask for. Each is checked before it costs anything.
+MAX_BODY_BYTES = 1024 * 1024
+MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
+MAX_PARTS = 200  # of a message's content, its tags among them
+MAX_TAGS = 50
+MAX_IDS = 100  # a message's attachments, or the items of a feedback
+MAX_TITLE = 1_000  # characters of a thread's title
+MAX_PAGE = 100  # rows of a page, whatever the client asks for
+PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here; so does what the model sees of them
 SILENCE_SECONDS = 15  # a silent stream then sends a heartbeat; many proxies close it after 60
 SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM
 
@@ -289,7 +297,8 @@ class Table(Generic[Stored]):
             del self.rows[self.place(id)]
             del self.numbers[id]
 
-    def page(self, after: str | None, limit: int, order: str) -> Page[Stored]:
+    async def page(self, after: str | None, limit: int, order: str) -> Page[Stored]:
+        """Return the rows after that id, at most `limit`. A page of long rows has fewer."""
         if order == "asc":
             start = self.place(after) + 1 if after else 0
             rows = self.rows[start : start + limit]
@@ -298,8 +307,20 @@ class Table(Generic[Stored]):
             end = self.place(after) if after else len(self.rows)
             rows = self.rows[max(end - limit, 0) : end][::-1]
             has_more = end > limit
-        data = [self.adapter.validate_json(row.json) for row in rows]
-        return Page(data=data, has_more=has_more, after=rows[-1].id if has_more else None)
+        data: list[Stored] = []
+        size = 0
+        since = time.monotonic()
+        for row in rows:
+            size += len(row.json)
+            if data and size > PAGE_BYTES:
+                has_more = True
+                break
+            data.append(self.adapter.validate_json(row.json))
+            if time.monotonic() - since > 0.01:  # let others run
+                await asyncio.sleep(0)
+                since = time.monotonic()
+        await asyncio.sleep(0)  # chatkit may read a whole thread page by page
+        return Page(data=data, has_more=has_more, after=data[-1].id if has_more else None)
 
 
 class MemoryStore(Store[Context]):
@@ -353,7 +374,7 @@ class MemoryStore(Store[Context]):
     async def load_threads(
         self, limit: int, after: str | None, order: str, context: Context
     ) -> Page[ThreadMetadata]:
-        return self._threads_of(context).page(after, limit, order)
+        return await self._threads_of(context).page(after, limit, order)
 
     async def delete_thread(self, thread_id: str, context: Context) -> None:
         if thread_id in self._threads_of(context):
@@ -365,7 +386,7 @@ class MemoryStore(Store[Context]):
     ) -> Page[ThreadItem]:
         if thread_id not in self._threads_of(context):
             return Page()
-        return self._threads[thread_id].page(after, limit, order)
+        return await self._threads[thread_id].page(after, limit, order)
 
     async def add_thread_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
         self._items_of(thread_id, context).save(item)
@@ -1260,12 +1281,18 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             case "items.list":
                 check_limit(params)
                 await self.store.load_thread(params.thread_id, context)
-            case "threads.get_by_id" | "threads.update" | "threads.delete":
+            case "threads.update":
+                check_count(len(params.title), MAX_TITLE, "characters in a title")
+                await self.store.load_thread(params.thread_id, context)
+            case "threads.get_by_id" | "threads.delete":
                 await self.store.load_thread(params.thread_id, context)
             case "items.feedback":
+                params.item_ids = list(dict.fromkeys(params.item_ids))
+                check_count(len(params.item_ids), MAX_IDS, "items in a feedback")
                 await self.store.load_thread(params.thread_id, context)
                 for item_id in params.item_ids:
                     await self.store.load_item(params.thread_id, item_id, context)
+                    await asyncio.sleep(0)  # a long item takes milliseconds: let others run
             case "attachments.create":
                 self.check_attachment_store()
             case "attachments.delete":
@@ -1277,6 +1304,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def check_message(
         self, message: UserMessageInput, thread: ThreadMetadata | None, context: Context
     ) -> None:
+        tags = [part for part in message.content if part.type == "input_tag"]
+        check_count(len(message.content), MAX_PARTS, "parts in a message")
+        check_count(len(tags), MAX_TAGS, "tags in a message")
+        check_count(len(message.attachments), MAX_IDS, "attachments in a message")
         quoted_text = (message.quoted_text or "").strip()
         if not message_text(message) and not quoted_text and not message.attachments:
             raise HTTPException(400, "The message is empty.")
@@ -1334,6 +1365,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
 def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
     """Return chatkit's request. Raises HTTPException (400) with the first reason why it is none."""
+    body = request.encode() if isinstance(request, str) else bytes(request)
+    # pydantic makes an object of each value, and an error of each wrong one.
+    check_count(count_values(body), MAX_VALUES, "JSON values in a request")
     try:
         return REQUEST.validate_json(request)
     except ValidationError as error:
@@ -1349,9 +1383,27 @@ def check_open(thread: ThreadMetadata) -> None:
         raise HTTPException(409, thread.status.reason or f"This thread is {thread.status.type}.")
 
 
+def count_values(body: bytes) -> int:
+    """Return how many values the JSON text has at most, without parsing it.
+
+    Each value stands after a comma or an opening bracket that is not part of a string.
+    """
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote is a string's end
+    between_strings = body.split(b'"', 4 * MAX_VALUES)[::2]  # too many, if there are more of them
+    structure = b"".join(between_strings)
+    return 1 + sum(structure.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def check_count(count: int, limit: int, name: str) -> None:
+    if count > limit:
+        raise HTTPException(400, f"There are more than {limit} {name}.")
+
+
 def check_limit(params: Any) -> None:
     if params.limit and params.limit < 1:  # None and 0 are chatkit's default
         raise HTTPException(400, "limit must be at least 1.")
+    if params.limit:
+        params.limit = min(params.limit, MAX_PAGE)
 
 
 async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
@@ -1629,25 +1681,39 @@ async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> Asy
 
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
-async def debug_threads(context: RequestContext) -> dict[str, Any]:
-    result = {}
+async def debug_threads(context: RequestContext) -> Response:
+    return StreamingResponse(debug_json(context), media_type="application/json")
+
+
+async def debug_json(context: Context) -> AsyncIterator[str]:
+    """Yield the JSON in pieces: the whole of it may not fit in memory."""
     store = server.store
+    before = "{"
     async for thread in all_rows(lambda after: store.load_threads(100, after, "asc", context)):
-        result[thread.id] = await debug_items(thread.id, context)
-    return result
+        yield f"{before}{json.dumps(thread.id)}: "
+        async for piece in debug_thread(thread.id, context):
+            yield piece
+        before = ", "
+    yield "{}" if before == "{" else "}"
 
 
-async def debug_items(thread_id: str, context: Context) -> dict[str, Any]:
-    items = []
+async def debug_thread(thread_id: str, context: Context) -> AsyncIterator[str]:
     store = server.store
+    count = 0
+    yield '{"items": ['
     async for item in all_rows(
         lambda after: store.load_thread_items(thread_id, after, 100, "asc", context)
     ):
-        item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
-        if item.type in ("user_message", "assistant_message") and item.content:
-            item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
-        items.append(item_data)
-    return {"items": items, "count": len(items)}
+        yield (", " if count else "") + json.dumps(debug_item(item))
+        count += 1
+    yield f'], "count": {count}}}'
+
+
+def debug_item(item: ThreadItem) -> dict[str, Any]:
+    item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
+    if item.type in ("user_message", "assistant_message") and item.content:
+        item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
+    return item_data
 
 
 # ---- Start ---------------------------------------------------------------------------------------

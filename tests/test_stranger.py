@@ -1,0 +1,248 @@
+"""Whoever reaches the port: what a request may cost, from where it may come, what the log tells."""
+
+import http.client
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from client import NO_TLS, Chat, memory, message
+from provider import Text, ToolCall
+
+pytestmark = pytest.mark.anyio
+SECONDS = 2  # the longest /health may take meanwhile; on an idle machine it is a tenth of that
+NO_TRACE = ("Traceback", "Exception", "ERROR")
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    return servers("customised_openai")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(provider, monkeypatch):
+    monkeypatch.setattr(provider, "answer", lambda _: [Text("Fine.")])
+
+
+@contextmanager
+def others_are_served(server):
+    """/health answers in time as long as the block runs."""
+    ended = threading.Event()
+    taken = []
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+        while not ended.wait(0.01):
+            began = time.monotonic()
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            taken.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert max(taken, default=0) < SECONDS
+
+
+def as_json(type: str, **params) -> bytes:
+    return json.dumps({"type": type, "params": params}, separators=(",", ":")).encode()
+
+
+def create(content: list, **more) -> bytes:
+    return as_json("threads.create", input=message("") | {"content": content} | more)
+
+
+def tag(name: str, **data) -> dict:
+    return {"type": "input_tag", "id": name, "text": name, "data": data}
+
+
+def text(value: str) -> dict:
+    return {"type": "input_text", "text": value}
+
+
+# ---- What a request may cost ----------------------------------------------------
+
+
+def worst_requests(main) -> dict[str, bytes]:
+    """The requests of the greatest size that held the event loop for seconds, or took memory."""
+    size = main.MAX_BODY_BYTES - 500
+
+    def many(value) -> list:
+        return [value] * (size // (len(json.dumps(value)) + 1))
+
+    return {
+        "zeros": create(many(0)),
+        "objects": create(many({})),
+        "texts": create(many({"type": "input_text", "text": ""})),
+        "tags": create(many(tag("x"))),
+        "tags without fields": create(many({"type": "input_tag"})),
+        "lists in a tag": create([tag("x", a=many([]))]),
+        "lists in the metadata": json.dumps(
+            {"type": "threads.list", "params": {}, "metadata": {"a": many([])}}
+        ).encode()[: main.MAX_BODY_BYTES],
+        "quotes": b'"' * size,
+        "attachments": create([text("x")], attachments=many("atc_x")),
+        "ids": as_json(
+            "items.feedback", thread_id="thr_x", item_ids=many("msg_x"), kind="positive"
+        ),
+    }
+
+
+def test_the_worst_requests_are_refused_at_once(server, main):
+    """Each by its size alone: neither it nor the errors in it are built."""
+    before = memory(server)
+    with others_are_served(server), server.no_new(*NO_TRACE):
+        for name, body in worst_requests(main).items():
+            response = httpx.post(f"{server.url}/chatkit", verify=NO_TLS, content=body, timeout=300)
+            assert response.status_code == 400, name
+            if name != "quotes":
+                assert f"more than {main.MAX_VALUES} JSON values" in response.json()["detail"], name
+    assert memory(server) - before < 64 * 1024
+
+
+LIMITS = {
+    "MAX_PARTS": lambda count: [text("x")] * count,
+    "MAX_TAGS": lambda count: [tag("x")] * count,
+    "MAX_VALUES": lambda count: [tag("x", a=[0] * count)],
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_message_at_its_limit_and_over_it(server, provider, main, name):
+    """The answer names the limit. Commas and brackets in a text are no values."""
+    limit = getattr(main, name)
+    quote = '[{"a",\\"b\\\\",' * 1000
+    around = 0
+    if name == "MAX_VALUES":
+        around = main.count_values(create(LIMITS[name](1), quoted_text=quote)) - 1
+    for count, status in ((limit, 200), (limit + 1, 400)):
+        body = create(LIMITS[name](count - around), quoted_text=quote)
+        response = httpx.post(f"{server.url}/chatkit", verify=NO_TLS, content=body)
+        assert response.status_code == status, response.text[:500]
+    assert f"more than {limit} " in response.json()["detail"]
+    assert len(provider.requests) == 1
+
+
+def test_too_many_attachments(server, main):
+    body = message("hi", attachments=["atc_x"] * (main.MAX_IDS + 1))
+    response = Chat(server.url).post("threads.create", input=body)
+    assert (response.status_code, response.json()["detail"]) == (
+        400,
+        f"There are more than {main.MAX_IDS} attachments in a message.",
+    )
+
+
+def test_a_title_at_its_limit_and_over_it(server, main):
+    chat = Chat(server.url)
+    chat.say("hello")
+    for length, status in ((main.MAX_TITLE, 200), (main.MAX_TITLE + 1, 400)):
+        response = chat.post("threads.update", thread_id=chat.thread_id, title="x" * length)
+        assert response.status_code == status
+    assert str(main.MAX_TITLE) in response.json()["detail"]
+    thread = chat.get("threads.get_by_id", thread_id=chat.thread_id)
+    assert thread["title"] == "x" * main.MAX_TITLE
+
+
+async def test_each_item_of_a_feedback_is_loaded_once(main):
+    loaded = []
+
+    class Counting(main.MemoryStore):
+        async def load_item(self, thread_id, item_id, context):
+            loaded.append(item_id)
+            return await super().load_item(thread_id, item_id, context)
+
+    class Server(main.ChatKitServerImpl):
+        async def add_feedback(self, thread_id, item_ids, feedback, context):
+            told.append((item_ids, feedback))
+
+    told: list = []
+    server = Server(Counting())
+    request = as_json("threads.create", input=message("hello"))
+    events = [json.loads(event[6:]) async for event in await server.process(request, {})]
+    thread_id = events[0]["thread"]["id"]
+    ids = [event["item"]["id"] for event in events if event["type"] == "thread.item.done"]
+    assert len(ids) == 2
+    loaded.clear()
+    feedback = {"thread_id": thread_id, "kind": "positive"}
+    await server.process(as_json("items.feedback", **feedback, item_ids=ids * 1000), {})
+    assert (loaded, told) == (ids, [(ids, "positive")])
+
+    too_many = [f"msg_{number}" for number in range(main.MAX_IDS + 1)]
+    with pytest.raises(main.HTTPException) as refused:
+        await server.process(as_json("items.feedback", **feedback, item_ids=too_many), {})
+    assert (refused.value.status_code, loaded) == (400, ids)
+    assert str(main.MAX_IDS) in refused.value.detail
+
+
+LONG_THREADS = {
+    "words": lambda main: [text("a " * ((main.MAX_BODY_BYTES - 500) // 2))],
+    "parts": lambda main: [text("x")] * main.MAX_PARTS,
+    "tags": lambda main: [tag(f"tag {number}", a=[0] * 60) for number in range(main.MAX_TAGS)],
+    "values": lambda main: [tag("x", a=[[]] * (main.MAX_VALUES // 2 - 20))],
+}
+
+
+@pytest.mark.parametrize("what", LONG_THREADS)
+def test_a_thread_of_the_largest_messages(server, provider, main, what):
+    """All of it can be read, page by page, and nobody waits for it."""
+    input = message("") | {"content": LONG_THREADS[what](main)}
+    count = 12
+    chat = Chat(server.url)
+    with others_are_served(server), server.no_new(*NO_TRACE):
+        list(chat.stream("threads.create", input=input))
+        thread = {"thread_id": chat.thread_id}
+        for _ in range(count - 1):
+            assert chat.post("threads.add_user_message", input=input, **thread).is_success
+        items, after = [], None
+        while True:
+            page = chat.post("items.list", order="asc", limit=10**6, after=after, **thread)
+            assert len(page.content) < main.PAGE_BYTES + 4096
+            items += page.json()["data"]
+            after = page.json().get("after")
+            if after is None:
+                break
+        assert len({item["id"] for item in items}) == len(items) == 2 * count
+        first = chat.get("threads.get_by_id", **thread)["items"]
+        assert first["data"] == items[: len(first["data"])] and first["has_more"]
+        assert [item["id"] for item in chat.debug()] == [item["id"] for item in items]
+        told = provider.requests[-1].body["messages"]
+        assert len(json.dumps(told)) < 2 * main.PAGE_BYTES
+        assert chat.post("threads.retry_after_item", item_id=items[0]["id"], **thread).is_success
+        assert len(chat.items()) == 2
+        assert chat.get("threads.delete", **thread) == {}
+
+
+async def test_a_page_has_at_most_so_many_rows(main):
+    asked = []
+
+    class Counting(main.MemoryStore):
+        async def load_threads(self, limit, after, order, context):
+            asked.append(limit)
+            return await super().load_threads(limit, after, order, context)
+
+    server = main.ChatKitServerImpl(Counting())
+    for limit in (None, 1, main.MAX_PAGE, main.MAX_PAGE + 1, 10**30):
+        await server.process(as_json("threads.list", limit=limit), {})
+    assert asked == [20, 1, main.MAX_PAGE, main.MAX_PAGE, main.MAX_PAGE]
+
+
+def test_a_long_tool_output_of_a_client(server, provider, main):
+    chat = Chat(server.url)
+    provider.script["colour"] = [[ToolCall("pick_colour", {"hint": "warm"})], [Text("Fine.")]]
+    chat.say("colour")
+    thread = {"thread_id": chat.thread_id}
+    result: list = [[]] * main.MAX_VALUES
+    response = chat.post("threads.add_client_tool_output", **thread, result=result)
+    assert response.status_code == 400 and str(main.MAX_VALUES) in response.text
+    result = [[]] * (main.MAX_VALUES // 2 - 20)
+    with others_are_served(server):
+        response = chat.post("threads.add_client_tool_output", **thread, result=result)
+    assert response.status_code == 200
+    assert chat.items()[1]["output"] == result
