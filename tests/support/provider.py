@@ -1,4 +1,4 @@
-"""A loopback stand-in for the Gemini, OpenAI and Anthropic streaming HTTP APIs.
+"""A loopback stand-in for the Gemini, OpenAI and Anthropic HTTP APIs, mainly their streams.
 
 One FastAPI app speaks the three wire formats, so that LiteLLM's real adapters run
 against it. A test says what the model does in terms common to all three, a list of
@@ -180,6 +180,10 @@ class Gemini:
     def begin(self) -> bytes:
         return b""
 
+    def complete(self, text: str) -> dict:
+        """The answer to a request that does not stream."""
+        return json.loads(self.chunk([{"text": text}], finishReason="STOP").removeprefix(b"data: "))
+
     def step(self, step) -> bytes:
         match step:
             case Text(text):
@@ -227,7 +231,7 @@ class Gemini:
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
-        """(role, text) of each part: a tool call and its output count as "tool"."""
+        """(role, text) of each part: a tool call, its output and an image count as "tool"."""
         found = []
         for content in body["contents"]:
             for part in content["parts"]:
@@ -312,6 +316,19 @@ class OpenAI:
     def begin(self) -> bytes:
         return self.chunk({"role": "assistant", "content": "", "refusal": None})
 
+    def complete(self, text: str) -> dict:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "gpt-4o-2024-11-20",
+            "choices": [
+                {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+            ],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        }
+
     def step(self, step) -> bytes:
         match step:
             case Text(text):
@@ -379,7 +396,9 @@ class OpenAI:
             elif isinstance(message["content"], str):
                 found.append((message["role"], message["content"]))
             else:
-                found += [(message["role"], part["text"]) for part in message["content"]]
+                for part in message["content"]:
+                    text = part.get("text") or json.dumps(part, sort_keys=True)
+                    found.append((message["role"] if "text" in part else "tool", text))
         return found
 
     @staticmethod
@@ -441,6 +460,18 @@ class Anthropic:
         return sse({"type": "message_start", "message": message}, "message_start") + sse(
             {"type": "ping"}, "ping"
         )
+
+    def complete(self, text: str) -> dict:
+        return {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": "claude-sonnet-4-6",
+            "content": [{"type": "text", "text": text}],
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 7, "output_tokens": 3},
+        }
 
     def delta(self, delta: dict) -> bytes:
         data = {"type": "content_block_delta", "index": self.index, "delta": delta}
@@ -561,9 +592,9 @@ class Provider:
         self.per_second = per_second
         self.keep = True
         self.app = FastAPI()
-        self.app.add_api_route(
-            "/gemini/models/{model}:streamGenerateContent", self.gemini, methods=["POST"]
-        )
+        for method in ("streamGenerateContent", "generateContent"):
+            route = f"/gemini/models/{{model}}:{method}"
+            self.app.add_api_route(route, self.gemini, methods=["POST"])
         self.app.add_api_route("/openai/chat/completions", self.openai, methods=["POST"])
         self.app.add_api_route("/anthropic/v1/messages", self.anthropic, methods=["POST"])
 
@@ -598,7 +629,28 @@ class Provider:
             if kind == "key":  # some providers repeat it
                 body["error"]["message"] += f" The key was {seen.key}."
             return JSONResponse(body, status_code=format.status[kind])
+        if not (seen.body.get("stream") or "stream" in seen.path):
+            return await self.complete(writer, steps, seen)
         return StreamingResponse(self.stream(writer, steps, seen), media_type="text/event-stream")
+
+    async def complete(self, writer, steps: list, seen: Seen):
+        """The texts of the steps in one piece."""
+        texts = []
+        for step in steps:
+            match step:
+                case Text(text):
+                    texts.append(text)
+                case Silence():
+                    await self.silence(step)
+                case _:
+                    raise NotImplementedError(step)
+        seen.closed.set()
+        seen.complete = True
+        return JSONResponse(writer.complete("".join(texts)))
+
+    async def silence(self, step: Silence):
+        while not step.end.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.02)
 
     async def stream(self, writer, steps: list, seen: Seen):
         finished = False
@@ -614,8 +666,7 @@ class Provider:
                     case Pause(seconds):
                         await asyncio.sleep(seconds)
                     case Silence():
-                        while not step.end.is_set():  # noqa: ASYNC110 - set by another thread
-                            await asyncio.sleep(0.02)
+                        await self.silence(step)
                     case Cut():
                         raise ConnectionError("cut on purpose")
                     case Raw(body):
@@ -649,7 +700,8 @@ class Provider:
     def __enter__(self):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(self.app, **OPTIONS)
+        # Not uvloop: as this process's policy it keeps playwright on Python < 3.12 from starting.
+        config = uvicorn.Config(self.app, loop="asyncio", **OPTIONS)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(
             target=self.server.run, kwargs={"sockets": [listener]}, daemon=True
