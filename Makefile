@@ -15,7 +15,7 @@ UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-postgres postgres test-latest lint bench bench-postgres lock check-lock clean
+.PHONY: help venv run test test-postgres postgres test-latest test-browser lint bench bench-postgres lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,10 @@ postgres: venv
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python -m pytest -q tests
+
+test-browser: venv  ## Test the page at /chatkit in a browser (apt-get install chromium)
+	@$(VENV)/bin/python -m pip install -q -r tests/requirements-browser.txt -c backend/constraints.txt
+	$(VENV)/bin/python -m pytest -q tests/test_browser.py
 
 lint: venv  ## Check the format, the code and the types with ruff and mypy
 	@$(VENV)/bin/python -m pip install -q $(LINT:%=-r %) -c backend/constraints.txt

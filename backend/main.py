@@ -16,7 +16,8 @@ Run it   make run                  with the tested versions in backend/constrain
          python backend/main.py    with the versions that you have installed
          PROVIDER=mock             set this for canned replies: no key, no network
 
-Routes   POST /chatkit             ChatKit's protocol: JSON, or a stream of server-sent events
+Routes   GET  /chatkit             a page with the chat
+         POST /chatkit             ChatKit's protocol: JSON, or a stream of server-sent events
          GET  /health              {"status": "ok"}
          GET  /debug/threads       {thread id: {"items": [{"id", "type", "content"?}], "count"}}
 
@@ -41,7 +42,7 @@ The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it i
 
 To change the instructions: INSTRUCTIONS. The agent and its tools: ChatKitServerImpl.__init__.
 Who is asking: request_context. What the model is told: ChatKitServerImpl.history and Converter.
-The database: `store = `. The texts of faults: FAULTS.
+The database: `store = `. The texts of faults: FAULTS. The page: PAGE.
 
 Some functions work around faults of the libraries. The README lists each of them, with the test
 that fails without it.
@@ -167,7 +168,7 @@ from chatkit.types import (
 )
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litellm.exceptions import ContentPolicyViolationError, ContextWindowExceededError
 from openai.types.responses import (
@@ -1657,6 +1658,78 @@ async def chatkit_endpoint(request: Request, context: RequestContext) -> Respons
     if isinstance(result, StreamingResult):
         return EventStream(result)
     return Response(content=result.json, media_type="application/json")
+
+
+# More of ChatKit's options for the page, as a JavaScript object: composer, startScreen, theme, ...
+# https://openai.github.io/chatkit-js/api/openai/chatkit/type-aliases/chatkitoptions lists them.
+# A host other than localhost needs api.domainKey.
+PAGE_OPTIONS = "{}"
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Chat</title>
+<style>
+  body { margin: 0; font: 1rem/1.5 sans-serif }
+  p, form { margin: 2rem }
+  openai-chatkit { display: block; height: 100vh }
+  [hidden] { display: none }
+</style>
+<p id="notice">Loading ChatKit from cdn.platform.openai.com ...</p>
+<form id="login" hidden>
+  <input id="token" type="password" aria-label="Token" required> <button>Open the chat</button>
+</form>
+<openai-chatkit id="chat" hidden></openai-chatkit>
+<script>
+  const [notice, login, token, chat] = document.querySelectorAll("#notice, #login, #token, #chat");
+  const url = location.origin + location.pathname;
+
+  function say(text) {
+    notice.textContent = text;
+    notice.hidden = text === "";
+    chat.hidden = text !== "";
+  }
+
+  async function fetchAsUser(target, init = {}) {
+    const headers = new Headers(init.headers);
+    const isOurs = new URL(target, url).origin === location.origin;
+    if (isOurs && sessionStorage.token) headers.set("Authorization", sessionStorage.token);
+    const response = await fetch(target, { ...init, headers });
+    if (isOurs && response.status === 401) {
+      login.hidden = !response.headers.get("WWW-Authenticate")?.startsWith("Bearer");
+      say((await response.clone().json()).detail);
+    }
+    return response;
+  }
+
+  async function start() {
+    const body = JSON.stringify({ type: "threads.list", params: { limit: 1 } });
+    const response = await fetchAsUser(url, { method: "POST", body });
+    if (!response.ok) return say((await response.json()).detail);
+    await customElements.whenDefined("openai-chatkit");
+    const options = PAGE_OPTIONS;
+    const api = { url, domainKey: "local-dev", fetch: fetchAsUser, ...options.api };
+    chat.setOptions({ ...options, api });
+    login.hidden = true;
+    say("");
+  }
+
+  login.onsubmit = (event) => {
+    event.preventDefault();
+    sessionStorage.token = `Bearer ${token.value}`;
+    start();
+  };
+</script>
+<script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async
+  onload="start()" onerror="say('ChatKit could not be loaded. It needs ' + this.src)"></script>
+</html>
+"""
+
+
+@app.get("/chatkit", response_class=HTMLResponse)
+async def chatkit_page() -> str:
+    """Show the chat in a browser."""
+    return PAGE.replace("PAGE_OPTIONS", PAGE_OPTIONS)
 
 
 @app.get("/health")
