@@ -217,15 +217,36 @@ def servers(request, provider, database, tmp_path_factory):
         if code not in ((0,) if name in PROVIDERS else (0, -15))
     ], codes
     for name, server in all_running.items():
-        for text in (
-            "OUTSIDE",
-            "never retrieved",
-            "was destroyed",
-            "Unclosed",
-            "Give Feedback",
-            "Provider List",
-        ):
-            assert text not in "\n".join(server.log), f"{name}: {server.log}"
+        check_log(name, server)
+
+
+def check_log(name: str, server: Server) -> None:
+    for text in (
+        "OUTSIDE",
+        "never retrieved",
+        "was destroyed",
+        "Unclosed",
+        "Give Feedback",
+        "Provider List",
+    ):
+        assert text not in "\n".join(server.log), f"{name}: {server.log}"
+
+
+@pytest.fixture
+def recipe(provider, tmp_path):
+    """recipe(name, provider, **environment): tests/examples/<name>.py, started for one test."""
+    started: dict[str, Server] = {}
+
+    def start(name: str, provider_name: str, **environment: str) -> Server:
+        environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
+        program = EXAMPLES / f"{name}.py"
+        started[name] = Server(tmp_path / name, environment, program, fork=True)
+        return started[name].started()
+
+    yield start
+    for name, server in started.items():
+        server.stop()
+        check_log(name, server)
 
 
 @pytest.fixture(params=PROVIDERS)

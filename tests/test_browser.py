@@ -6,10 +6,12 @@ The browser is the system's Chromium. OpenAI's script is answered by a stand-in 
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import jwt
 import pytest
 
 from client import NO_TLS, ROOT, SUPPORT, Chat, done, text_of
@@ -175,3 +177,57 @@ def test_the_page_needs_no_token_and_holds_none(servers):
         assert response.headers["content-type"] == "text/html; charset=utf-8"
         assert SCRIPT in response.text
         assert not [token for token in USERS.values() if token in response.text]
+
+
+def test_a_client_tool_of_the_recipe(page, recipe):
+    server = recipe("client_tool", "mock")
+    page.goto(f"{server.url}/chatkit")
+    expect(page.locator("#chat")).to_be_visible()
+    api = {"url": f"{server.url}/chatkit", "domainKey": DOMAIN_KEY, "fetch": True}
+    assert options(page) == {"onClientTool": True, "api": api}
+    page.clock.set_fixed_time("2026-02-03T12:00:00Z")
+    call = "chat.options.onClientTool({ name: 'local_time', params: {} })"
+    answer = page.evaluate(call)
+    assert answer == {"time": page.evaluate("new Date().toString()")}
+    assert answer["time"].startswith("Tue Feb 03 2026 ")
+
+
+def test_an_upload_of_the_recipe(page, recipe):
+    server = recipe("images", "mock", CHATKIT_TOKENS="alice:token-of-alice")
+    page.goto(f"{server.url}/chatkit")
+    page.get_by_label("Token").fill(USERS["alice"])
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat")).to_be_visible()
+    found = options(page)
+    assert found["api"]["uploadStrategy"] == {"type": "direct", "uploadUrl": f"{server.url}/images"}
+    assert found["composer"]["attachments"] == {
+        "enabled": True,
+        "accept": {"image/png": [".png"], "image/jpeg": [".jpg", ".jpeg"]},
+        "maxSize": 4 * 1024 * 1024,
+    }
+    width = page.evaluate("""async () => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: 7, height: 7 });
+        const form = new FormData();
+        form.append("file", await new Promise((done) => canvas.toBlob(done)), "a.png");
+        const { api } = chat.options;
+        const init = { method: "POST", body: form };
+        const sent = await api.fetch(api.uploadStrategy.uploadUrl, init);
+        const image = Object.assign(new Image(), { src: (await sent.json()).preview_url });
+        await image.decode();
+        return image.width;
+    }""")
+    assert width == 7
+
+
+def test_a_login_of_the_recipe(page, recipe):
+    """The server asks for no token, so the page does not ask, either."""
+    secret = "0123456789abcdef0123456789abcdef"
+    server = recipe("login", "mock", SESSION_SECRET=secret, ALLOWED_ORIGINS="https://shop.example")
+    page.goto(f"{server.url}/chatkit")
+    expect(page.locator("#notice")).to_have_text("Please log in.")
+    expect(page.locator("#login")).to_be_hidden()
+    value = jwt.encode({"sub": "alice", "exp": time.time() + 60}, secret, "HS256")
+    page.context.add_cookies([{"name": "session", "value": value, "url": server.url}])
+    page.reload()
+    say(page, "Hello!")
+    expect(page.locator(".assistant")).to_have_count(1)

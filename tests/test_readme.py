@@ -62,6 +62,12 @@ def test_what_it_names_is_there():
         assert re.search(rf"^{target}:", makefile, re.M) or target in ("and", "each", "it"), target
 
 
+def test_every_recipe_is_named():
+    table = README.split("## Recipes")[1].split("\n## ")[0]
+    files = {path.name for path in (ROOT / "tests" / "examples").glob("*.py")}
+    assert set(re.findall(r"^\| `(\w+\.py)` \|", table, re.M)) == files
+
+
 def test_no_section_is_there_twice():
     headings = re.findall(r"^## .*", README, re.M)
     assert sorted({*headings}) == sorted(headings)

@@ -1,0 +1,32 @@
+"""A tool that runs in the browser: the model asks for the user's local time.
+
+Copy this file beside main.py and run it in its place. A page of your own answers the tool in
+ChatKit's option `onClientTool`, as PAGE_OPTIONS does here.
+"""
+
+import uvicorn
+from agents import RunContextWrapper, StopAtTools, function_tool
+from chatkit.agents import AgentContext, ClientToolCall
+
+import main
+
+
+@function_tool
+async def local_time(ctx: RunContextWrapper[AgentContext[main.Context]]) -> None:
+    """Ask the user's browser for the time and the time zone."""
+    ctx.context.client_tool_call = ClientToolCall(name="local_time", arguments={})
+
+
+agent = main.server.agent
+agent.tools.append(local_time)
+# The turn ends here. The browser sends the tool's output, and the model goes on with it.
+agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["local_time"])
+
+main.PAGE_OPTIONS = """{
+  onClientTool: async ({ name }) => {
+    if (name === "local_time") return { time: new Date().toString() };
+  },
+}"""
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)

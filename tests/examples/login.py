@@ -1,0 +1,40 @@
+"""Your site's own login in place of CHATKIT_TOKENS: a JSON Web Token in a cookie.
+
+Copy this file beside main.py and run it in its place. Your login sets the cookie `session`, with
+the attributes HttpOnly, Secure and SameSite=Lax. Its value is a token that SESSION_SECRET signs
+(HS256), with the user (`sub`) and an end (`exp`). A page of another server sends the cookie if
+ChatKit's option `api.fetch` sets `credentials: "include"`.
+"""
+
+import os
+from typing import Annotated
+
+import jwt  # PyJWT, which openai-agents installs through mcp
+import uvicorn
+from fastapi import Cookie, HTTPException
+
+import main
+
+SESSION_SECRET = os.getenv("SESSION_SECRET", "")
+if len(SESSION_SECRET) < 32:
+    raise SystemExit("SESSION_SECRET needs 32 characters, for example of: openssl rand -hex 32")
+# A browser sends the cookie of whoever is logged in, no matter whose page asks.
+if "*" in main.ALLOWED_ORIGINS:
+    raise SystemExit("With ALLOWED_ORIGINS=* any web page could read the chats. Name your own.")
+
+
+def logged_in(session: Annotated[str, Cookie()] = "") -> main.Context:
+    """Return the context that the Store receives. Raises HTTPException (401)."""
+    try:
+        claims = jwt.decode(
+            session, SESSION_SECRET, algorithms=["HS256"], options={"require": ["sub", "exp"]}
+        )
+    except jwt.InvalidTokenError:
+        raise HTTPException(401, "Please log in.") from None
+    return {"user_id": claims["sub"]}
+
+
+main.app.dependency_overrides[main.request_context] = logged_in
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)

@@ -1,0 +1,57 @@
+"""Replies that cite your documents: each [1] in a reply becomes a source in the chat.
+
+Copy this file beside main.py and run it in its place.
+"""
+
+import re
+from collections.abc import AsyncIterator
+
+import uvicorn
+from agents import function_tool
+from chatkit.types import Annotation, ThreadMetadata, ThreadStreamEvent, URLSource, UserMessageItem
+
+import main
+
+DOCUMENTS = {  # put your search here
+    "1": ("Returns", "https://shop.example/returns", "Goods can be returned within 30 days."),
+    "2": ("Shipping", "https://shop.example/shipping", "Shipping takes two days."),
+}
+
+
+@function_tool
+def search(query: str) -> str:
+    """Search the shop's documents. Cite each that you use by its number, like [1]."""
+    words = query.lower().split()
+    found = [
+        f"[{number}] {title}: {text}"
+        for number, (title, _, text) in DOCUMENTS.items()
+        if any(word in f"{title} {text}".lower() for word in words)
+    ]
+    return "\n".join(found) or "Nothing found."
+
+
+def citations(text: str) -> list[Annotation]:
+    found = []
+    for match in re.finditer(r"\[(\d+)\]", text):
+        if match[1] in DOCUMENTS:
+            title, url, _ = DOCUMENTS[match[1]]
+            found.append(Annotation(source=URLSource(title=title, url=url), index=match.end()))
+    return found
+
+
+class CitingServer(main.ChatKitServerImpl):
+    async def respond(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
+    ) -> AsyncIterator[ThreadStreamEvent]:
+        async for event in super().respond(thread, input, context):
+            if event.type == "thread.item.done" and event.item.type == "assistant_message":
+                for part in event.item.content:
+                    part.annotations += citations(part.text)
+            yield event
+
+
+main.server = CitingServer(main.store)
+main.server.agent.tools.append(search)
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)

@@ -1,0 +1,17 @@
+"""The model thinks before it answers, and the chat shows its thoughts.
+
+Copy this file beside main.py and run it in its place. The model must be able to think: Gemini's and
+Anthropic's default models are, OpenAI's needs for example MODEL=gpt-5. OpenAI keeps the thoughts to
+itself; servers with OpenAI's API, like vLLM, tell them.
+"""
+
+import uvicorn
+from agents import ModelSettings
+from openai.types.shared import Reasoning
+
+import main
+
+main.server.agent.model_settings = ModelSettings(reasoning=Reasoning(effort="low"))
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)

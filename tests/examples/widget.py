@@ -1,0 +1,97 @@
+"""A tool that shows its progress and a widget, and a button in the widget that does something.
+
+Copy this file beside main.py and run it in its place.
+"""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+import uvicorn
+from agents import RunContextWrapper, function_tool
+from chatkit.actions import Action
+from chatkit.agents import AgentContext
+from chatkit.types import (
+    HiddenContextItem,
+    ProgressUpdateEvent,
+    ThreadItemDoneEvent,
+    ThreadItemReplacedEvent,
+    ThreadMetadata,
+    ThreadStreamEvent,
+    WidgetItem,
+)
+from chatkit.widgets import WidgetTemplate
+from pydantic import BaseModel, Field
+
+import main
+
+# WidgetTemplate.from_file reads what OpenAI's editor at https://widgets.chatkit.studio saves.
+CARD = WidgetTemplate(
+    {
+        "version": "1.0",
+        "name": "table",
+        "template": """{
+            "type": "Card",
+            "children": [
+                {"type": "Text", "value": "A table for {{ guests }}"},
+                {% if booked %}
+                {"type": "Caption", "value": "Booked"}
+                {% else %}
+                {
+                    "type": "Button",
+                    "label": "Book",
+                    "onClickAction": {"type": "book", "payload": {"guests": {{ guests }}}}
+                }
+                {% endif %}
+            ]
+        }""",
+    }
+)
+
+
+class Booking(BaseModel):
+    """What the template needs, and what the button sends."""
+
+    guests: int = Field(gt=0, le=12)
+    booked: bool = False
+
+
+@function_tool
+async def find_table(ctx: RunContextWrapper[AgentContext[main.Context]], guests: int) -> str:
+    """Find a free table in the restaurant."""
+    await ctx.context.stream(ProgressUpdateEvent(text="Looking for a table…"))
+    await ctx.context.stream_widget(CARD.build(Booking(guests=guests)))
+    return "The user sees the table and a button that books it."
+
+
+class Restaurant(main.ChatKitServerImpl):
+    async def action(
+        self,
+        thread: ThreadMetadata,
+        action: Action[str, Any],
+        sender: WidgetItem | None,
+        context: main.Context,
+    ) -> AsyncIterator[ThreadStreamEvent]:
+        """Book the table when the button of the widget `sender` is clicked."""
+        if action.type != "book" or sender is None:
+            return
+        booking = Booking.model_validate(action.payload)  # it comes from a browser: check it
+        booking.booked = True
+        sender.widget = CARD.build(booking)
+        yield ThreadItemReplacedEvent(item=sender)
+        # The model is told by an item that the user does not see.
+        yield ThreadItemDoneEvent(
+            item=HiddenContextItem(
+                id=self.store.generate_item_id("message", thread, context),
+                thread_id=thread.id,
+                created_at=datetime.now(),
+                content=f"The user booked the table for {booking.guests}.",
+            )
+        )
+
+
+main.server = Restaurant(main.store)
+main.server.agent.tools.append(find_table)
+
+if __name__ == "__main__":
+    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
