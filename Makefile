@@ -78,7 +78,8 @@ clean:  ## Remove the virtual environments and caches
 # Both are made again when what they are made from changes.
 $(VENV)/installed: $(REQUIREMENTS) backend/constraints.txt
 	@$(call make_venv,$(VENV))
-	$(VENV)/bin/python -m pip install -q $(REQUIREMENTS:%=-r %) -c backend/constraints.txt
+	@echo "Installing about 80 packages into $(VENV). It takes one to two minutes."
+	@$(VENV)/bin/python -m pip install -q $(REQUIREMENTS:%=-r %) -c backend/constraints.txt
 	@touch $@
 
 $(UV):

@@ -109,14 +109,14 @@ def test_a_tool_is_forced_in_the_first_step_only(chat, provider):
 # ---- Agents ---------------------------------------------------------------------
 
 
-def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider):
+def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider, main):
     provider.script["hola"] = [[ToolCall("transfer_to_spanish")], [Text("Hola.")]]
     assert [text_of(item) for item in done(chat.say("hola"))] == ["Hola."]
     provider.script["and back"] = [[ToolCall("transfer_to_assistant")], [Text("Hello again.")]]
     for text in ("que tal", "and back", "hello"):
         chat.say(text)
     told = [request.format.instructions(request.body) for request in provider.requests]
-    english, spanish = "You are a helpful assistant.", "Answer in Spanish."
+    english, spanish = main.INSTRUCTIONS, "Answer in Spanish."
     assert told == [english, spanish, spanish, spanish, english, english]
     assert all("reasoning_effort" not in request.body for request in provider.requests)
 

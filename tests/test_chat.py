@@ -71,7 +71,7 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
     ]
 
 
-def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
+def test_the_model_is_told_each_message_once_and_in_order(chat, provider, main):
     for text in ("one", "two", "three"):
         chat.say(text)
     assert provider.requests[-1].messages == [
@@ -82,17 +82,17 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider):
         ("user", "three"),
     ]
     assert (
-        provider.requests[-1].format.instructions(provider.requests[-1].body)
-        == "You are a helpful assistant."
+        provider.requests[-1].format.instructions(provider.requests[-1].body) == main.INSTRUCTIONS
     )
 
 
-def test_a_long_conversation_keeps_its_newest_part(servers, provider):
+def test_a_long_conversation_keeps_its_newest_part(servers, provider, main):
     """With each provider; at once, as this takes longer than any other test."""
+    turns = main.HISTORY_ITEMS // 2 + 60
 
     def talk(name: str) -> None:
         chat = Chat(servers(name).url)
-        for number in range(110):
+        for number in range(turns):
             chat.say(f"{name} {number}")
 
     with ThreadPoolExecutor() as pool:
@@ -101,11 +101,14 @@ def test_a_long_conversation_keeps_its_newest_part(servers, provider):
         (told,) = [
             told
             for told in (request.messages for request in provider.requests)
-            if told[-1][1] == f"{name} 109"
+            if told[-1][1] == f"{name} {turns - 1}"
         ]
-        assert told[-2] == ("assistant", f"You said: {name} 108")
-        assert told[0] == ("user", f"{name} 60")
-        assert len(told) == 99
+        assert told[-2] == ("assistant", f"You said: {name} {turns - 2}")
+        # Items 2n and 2n + 1 of the thread are a question and its answer; the first is a question.
+        first = 2 * turns - 1 - main.HISTORY_ITEMS
+        first += first % 2
+        assert told[0] == ("user", f"{name} {first // 2}")
+        assert len(told) == 2 * turns - 1 - first
 
 
 def test_reasoning_becomes_a_workflow_with_one_id(chat, provider):

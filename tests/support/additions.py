@@ -99,7 +99,8 @@ for name, model in (
     ("Mistral", "mistral/m"),
 ):
     main.server.agent.handoffs.append(Agent(name, model=model))
-main.server.agent.tools += [
+# A copy may have tools of these names already.
+main.server.agent.tools = [
     play_sound,
     give_notice,
     take_step,

@@ -157,7 +157,8 @@ async def hidden_context_to_input(item, convert=main.server.converter.hidden_con
 
 
 main.server.converter.hidden_context_to_input = hidden_context_to_input
-main.server.agent.tools += [
+# A copy may have tools of these names already.
+main.server.agent.tools = [
     clock,
     pick_colour,
     show_card,
