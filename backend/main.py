@@ -56,6 +56,7 @@ import gc
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import threading
@@ -222,8 +223,32 @@ def parse_tokens(text: str) -> dict[str, str]:
             raise SystemExit(
                 "CHATKIT_TOKENS is not of the form user:token,user:token, each token once."
             )
+        if not token.isascii() or not token.isprintable():
+            raise SystemExit("CHATKIT_TOKENS has a token that no header can hold: it is not ASCII.")
         tokens[token] = user
     return tokens
+
+
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+STANDARD_PORTS = {"http": ":80", "https": ":443"}
+
+
+def parse_origins(text: str) -> list[str]:
+    """Return the comma-separated origins as browsers send them. Stops the start if one is none."""
+    origins = []
+    for entry in text.lower().split(","):
+        origin = entry.strip()
+        if origin == "*":
+            origins.append(origin)
+        elif match := ORIGIN.fullmatch(origin.removesuffix("/")):
+            scheme, host, port = match.groups()
+            port = "" if port in (None, STANDARD_PORTS.get(scheme)) else port
+            origins.append(f"{scheme}://{host}{port}")
+        elif origin:
+            raise SystemExit(
+                f"ALLOWED_ORIGINS: {origin!r} is neither * nor an origin like https://host:port."
+            )
+    return origins
 
 
 PROVIDER: str = setting("PROVIDER", "gemini").lower()
@@ -232,7 +257,7 @@ MODELS = [name.strip() for name in setting("MODELS", "").split(",") if name.stri
 MODEL_TIMEOUT: float = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
 HOST: str = setting("HOST", "0.0.0.0")
 PORT: int = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
-ALLOWED_ORIGINS = [origin.strip() for origin in setting("ALLOWED_ORIGINS", "*").split(",")]
+ALLOWED_ORIGINS = parse_origins(setting("ALLOWED_ORIGINS", "*"))
 TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))
 logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
@@ -1574,7 +1599,22 @@ CORS: dict[str, Any] = {
     "allow_methods": ["*"],
     "allow_headers": ["*"],
 }
-app = FastAPI(title="ChatKit Server", lifespan=lifespan)
+
+
+async def check_origin(request: Request) -> None:
+    """Refuse the pages of other origins. CORS alone hides the answer, after the request has run."""
+    origin = request.headers.get("Origin")  # servers and command lines send none
+    if origin is not None and origin not in ALLOWED_ORIGINS and "*" not in ALLOWED_ORIGINS:
+        raise HTTPException(403, f"The origin {origin:.100} is not one of ALLOWED_ORIGINS.")
+
+
+app = FastAPI(
+    title="ChatKit Server",
+    lifespan=lifespan,
+    dependencies=[Depends(check_origin)],
+    openapi_url=None if TOKENS else "/openapi.json",  # without it, there are no /docs
+    redirect_slashes=False,  # the redirect goes to whatever Host the client names
+)
 app.add_middleware(CORSMiddleware, **CORS)
 
 store = MemoryStore()

@@ -28,6 +28,22 @@ UNUSABLE = [
     ({"CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,bob:"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": " , "}, "CHATKIT_TOKENS"),
+    ({"CHATKIT_TOKENS": "alice:tokën"}, "CHATKIT_TOKENS has a token that no header can hold"),
+    ({"CHATKIT_TOKENS": "alice:to\x1bken"}, "CHATKIT_TOKENS has a token that no header can hold"),
+    *[
+        ({"ALLOWED_ORIGINS": f"https://app.example,{origin}"}, f"ALLOWED_ORIGINS: '{origin}' is")
+        for origin in (
+            "https://app.example/chat",
+            "https://app.example//",
+            "https://app.example?",
+            "https://*.app.example",
+            "https://me@app.example",
+            "https://äpp.example",
+            "https://app.example:port",
+            "app.example",
+            "null",
+        )
+    ],
 ]
 
 
@@ -38,6 +54,21 @@ def test_an_unusable_setting_stops_the_start_with_one_line(tmp_path, environment
     line = stop.value.code  # a text: Python prints it and exits with 1
     assert says in line
     assert "\n" not in line and "alice" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [
+        ("*", ["*"]),
+        ("https://app.example/", ["https://app.example"]),
+        (" HTTPS://App.Example:443 ,", ["https://app.example"]),
+        ("http://localhost:3000,http://[::1]:80", ["http://localhost:3000", "http://[::1]"]),
+        ("http://app.example:443", ["http://app.example:443"]),
+        ("capacitor://localhost", ["capacitor://localhost"]),
+    ],
+)
+def test_origins_are_understood_as_browsers_send_them(tmp_path, text, origins):
+    assert origins == load_main(tmp_path, {"ALLOWED_ORIGINS": text}).ALLOWED_ORIGINS
 
 
 def test_an_unusable_port_as_an_operator_sees_it(tmp_path):

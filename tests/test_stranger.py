@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from client import NO_TLS, Chat, memory, message
+from conftest import USERS
 from provider import Text, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -246,3 +247,79 @@ def test_a_long_tool_output_of_a_client(server, provider, main):
         response = chat.post("threads.add_client_tool_output", **thread, result=result)
     assert response.status_code == 200
     assert chat.items()[1]["output"] == result
+
+
+# ---- From where it may come -----------------------------------------------------
+
+FOREIGN = [
+    "https://evil.example",
+    "https://app.example.evil.example",
+    "https://sub.app.example",
+    "https://app.example:8443",
+    "http://app.example",
+    "HTTPS://APP.EXAMPLE",
+    "https://app.example/",
+    "null",
+    "*",
+    "",
+]
+
+
+@pytest.fixture
+def strict(servers):
+    """A server with ALLOWED_ORIGINS and CHATKIT_TOKENS."""
+    return servers("users")
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("user", [*USERS, None])
+def test_a_page_of_another_origin(strict, provider, origin, user):
+    """The browser sends its request without asking first, as it does with text/plain."""
+    headers = {"Origin": origin, "Content-Type": "text/plain"}
+    if user:
+        headers["Authorization"] = f"Bearer {USERS[user]}"
+    chats = [Chat(strict.url, token) for token in USERS.values()]
+    before = [chat.http.get("/debug/threads").text for chat in chats]
+    with httpx.Client(base_url=strict.url, verify=NO_TLS, headers=headers) as http:
+        body = create([text("Hello from elsewhere")])
+        for response in (http.post("/chatkit", content=body), http.get("/debug/threads")):
+            assert response.status_code == 403
+            assert set(response.json()) == {"detail"} and "ALLOWED_ORIGINS" in response.text
+            assert "access-control-allow-origin" not in response.headers
+    assert [chat.http.get("/debug/threads").text for chat in chats] == before
+    assert not provider.requests
+
+
+@pytest.mark.parametrize("origin", ["https://app.example", "https://other.example", None])
+def test_a_page_of_an_allowed_origin(strict, provider, origin):
+    headers = {"Origin": origin} if origin else {}
+    chat = Chat(strict.url, USERS["alice"])
+    response = chat.http.post("/chatkit", content=create([text("Hello")]), headers=headers)
+    assert response.status_code == 200 and "Fine." in response.text
+    assert response.headers.get("access-control-allow-origin") == origin
+    assert chat.http.get("/debug/threads", headers=headers).status_code == 200
+
+
+def test_any_origin_unless_some_are_named(server):
+    headers = {"Origin": "https://anywhere.example"}
+    for response in (
+        httpx.post(f"{server.url}/chatkit", verify=NO_TLS, headers=headers, content=create([])),
+        httpx.get(f"{server.url}/debug/threads", verify=NO_TLS, headers=headers),
+    ):
+        assert response.status_code in (200, 400)
+        assert response.headers["access-control-allow-origin"] == "*"
+
+
+def test_the_documentation_is_closed_when_a_token_is_needed(strict, server):
+    for path in ("/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"):
+        assert httpx.get(f"{strict.url}{path}", verify=NO_TLS).status_code == 404
+        assert httpx.get(f"{server.url}{path}", verify=NO_TLS).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/chatkit/", "/health/", "/debug/threads/"])
+def test_no_redirect_to_a_host_of_the_clients_choice(server, path):
+    for method in ("GET", "POST"):
+        response = httpx.request(
+            method, f"{server.url}{path}", verify=NO_TLS, headers={"Host": "evil.example"}
+        )
+        assert response.status_code == 404 and "location" not in response.headers
