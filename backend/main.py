@@ -65,7 +65,7 @@ import traceback
 import warnings
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
@@ -155,6 +155,7 @@ from chatkit.types import (
     InferenceOptions,
     Page,
     ProgressUpdateEvent,
+    StreamingReq,
     StreamOptionsEvent,
     ThreadItem,
     ThreadItemDoneEvent,
@@ -1249,12 +1250,42 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         turn = Turn(self.turns, thread_id)
         return StreamingResult(turn.read(self._process_streaming(parsed, context)))
 
+    async def _process_streaming_impl(
+        self, request: StreamingReq, context: Context
+    ) -> AsyncGenerator[ThreadStreamEvent, None]:
+        """Pass on chatkit's events. If the thread is deleted meanwhile, say so and end.
+
+        Another process may do that at any moment. chatkit would log a traceback, and send an error
+        without a message.
+        """
+        thread_id: str | None = getattr(request.params, "thread_id", None)
+        try:
+            async with aclosing(super()._process_streaming_impl(request, context)) as events:
+                async for event in events:
+                    if event.type == "thread.created":
+                        thread_id = event.thread.id
+                    if event.type == "error" and event.code != "custom" and thread_id:
+                        # Now, because chatkit logs the traceback after it has sent the event.
+                        await self.store.load_thread(thread_id, context)
+                    yield event
+        except NotFoundError as error:
+            message = "This thread, or a part of it, was deleted meanwhile. Reload the page."
+            logger.warning("%s (%s)", message, error)
+            if turn := Turn.current.get(None):
+                turn.logged_message = message
+            yield ErrorEvent(message=message)
+
     async def stop_turns(self, thread_id: str) -> None:
-        """Stop the thread's turns in this process, and wait until they have ended."""
-        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
-        for turn in turns:
-            turn.stop()
-        await wait_for(turns)
+        """Stop the thread's turns in this process, and wait until they have ended.
+
+        So are the turns that begin meanwhile: one that goes on would save a deleted thread again.
+        """
+        stopped: set[Turn] = set()
+        while turns := {turn for turn in self.turns if turn.thread_id == thread_id} - stopped:
+            for turn in turns:
+                turn.stop()
+            await wait_for(list(turns))
+            stopped |= turns
 
     async def wait_for_stopped_turns(self, thread_id: str) -> None:
         """Wait until the thread's turns that were stopped are stored, so that the order is kept.

@@ -1,17 +1,23 @@
 """Whoever reaches the port: what a request may cost, from where it may come, what the log tells."""
 
+import asyncio
 import http.client
 import json
+import random
 import threading
 import time
 from contextlib import contextmanager
+from datetime import datetime
+from unittest.mock import Mock
 
 import httpx
 import pytest
+from agents import function_tool
+from chatkit.store import NotFoundError
 
 from client import NO_TLS, Chat, memory, message
 from conftest import USERS
-from provider import Text, ToolCall
+from provider import Pause, Silence, Text, ToolCall
 
 pytestmark = pytest.mark.anyio
 SECONDS = 2  # the longest /health may take meanwhile; on an idle machine it is a tenth of that
@@ -323,3 +329,137 @@ def test_no_redirect_to_a_host_of_the_clients_choice(server, path):
             method, f"{server.url}{path}", verify=NO_TLS, headers={"Host": "evil.example"}
         )
         assert response.status_code == 404 and "location" not in response.headers
+
+
+# ---- Requests that meet ---------------------------------------------------------
+
+
+def local_server(main, store, provider):
+    """The server in this process, on this store and the loopback provider."""
+    server = main.ChatKitServerImpl(store)
+    server.agent.model = main.ProviderModel(
+        model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key"
+    )
+    return server
+
+
+DELETED = "was deleted meanwhile"
+
+
+@pytest.mark.parametrize("where", ["customised_openai", "sqlite_1"])
+async def test_24_requests_to_one_thread_at_once(servers, provider, where):
+    """Each is answered, the thread is deleted and does not come back, and the log stays clean."""
+    server = servers(where)
+    provider.answer = lambda _: [Text("one "), Text("two "), Pause(0.05), Text("three")]
+    chance = random.Random(20261125)
+
+    async def send(http: httpx.AsyncClient, type: str, params: dict) -> httpx.Response:
+        await asyncio.sleep(chance.random() / 10)
+        return await http.post("/chatkit", content=as_json(type, **params))
+
+    for _ in range(5):
+        chat = Chat(server.url)
+        chat.say("hello")
+        thread = {"thread_id": chat.thread_id}
+        requests = 6 * [
+            ("threads.retry_after_item", {**thread, "item_id": chat.items()[0]["id"]}),
+            ("threads.add_user_message", {**thread, "input": message("more")}),
+            ("threads.update", {**thread, "title": "another"}),
+            ("threads.delete", thread),
+        ]
+        chance.shuffle(requests)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=60, limits=limits, verify=NO_TLS
+        ) as http:
+            with server.no_new(*NO_TRACE):
+                answers = await asyncio.gather(*(send(http, *request) for request in requests))
+        assert {answer.status_code for answer in answers} <= {200, 404}
+        for answer in answers:
+            for line in answer.text.split("\n\n"):
+                if line.startswith('data: {"type":"error"'):
+                    assert DELETED in line
+        assert chat.post("threads.get_by_id", **thread).status_code == 404
+        assert chat.thread_id not in chat.http.get("/debug/threads").json()
+
+
+@pytest.mark.parametrize("place", ["before it begins", "thread.updated", "text_delta"])
+async def test_another_process_deletes_the_thread_of_a_running_turn(
+    main, provider, monkeypatch, caplog, place
+):
+    """The turn ends with words and one log line."""
+    log = Mock()
+    monkeypatch.setattr(main, "logger", log)
+    silence = Silence()
+    provider.script["go"] = [[Text("one "), silence, Text("two")]]
+    server = local_server(main, main.MemoryStore(), provider)
+    thread = main.ThreadMetadata(id="thr_1", created_at=datetime.now())
+    await server.store.save_thread(thread, {})
+    request = as_json("threads.add_user_message", thread_id="thr_1", input=message("go"))
+    answer = await server.process(request, {})
+    if place == "before it begins":
+        await server.store.delete_thread("thr_1", {})
+    events = []
+    async for event in answer:
+        events.append(json.loads(event[6:]))
+        if place in event.decode():
+            await server.store.delete_thread("thr_1", {})
+            silence.end.set()
+    assert [event["type"] for event in events].count("error") == 1
+    assert events[-1]["code"] == "custom" and DELETED in events[-1]["message"]
+    assert not server.turns and not (await server.store.load_threads(9, None, "asc", {})).data
+    (line,) = log.warning.call_args_list
+    assert DELETED in line.args[1] and not log.error.called
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_missing_row_in_a_tool_is_no_deleted_thread(main, provider, caplog):
+    """The thread is there: it is a bug in the tool, with its traceback."""
+
+    @function_tool(failure_error_function=None)
+    async def broken() -> None:
+        raise NotFoundError("Order 7 not found")
+
+    provider.script["go"] = [[ToolCall("broken")]]
+    server = local_server(main, main.MemoryStore(), provider)
+    server.agent.tools.append(broken)
+    request = as_json("threads.create", input=message("go"))
+    events = [json.loads(event[6:]) async for event in await server.process(request, {})]
+    assert events[-1]["code"] == "stream.error"
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.exc_info and "Order 7" in str(line.exc_info[1])
+
+
+async def test_a_turn_that_begins_while_its_thread_is_deleted(main, provider):
+    """The deletion waits until the first turn is stored. The second must not go on after it."""
+    storing, stored = asyncio.Event(), asyncio.Event()
+
+    class Slow(main.MemoryStore):
+        async def add_thread_item(self, thread_id, item, context):
+            if item.type == "assistant_message":
+                storing.set()
+                await stored.wait()
+            await super().add_thread_item(thread_id, item, context)
+
+    async def read(result) -> None:
+        async for event in result:
+            if b"text_delta" in event:
+                streams.set()
+
+    streams = asyncio.Event()
+    provider.script["one"] = provider.script["two"] = [[Text("word "), Silence()]]
+    server = local_server(main, Slow(), provider)
+    request = as_json("threads.create", input=message("one"))
+    first = asyncio.create_task(read(await server.process(request, {})))
+    await streams.wait()
+    streams.clear()
+    thread = {"thread_id": next(iter(server.turns)).thread_id}
+    request = as_json("threads.add_user_message", **thread, input=message("two"))
+    answer = await server.process(request, {})  # checked, and not begun
+    deleting = asyncio.create_task(server.process(as_json("threads.delete", **thread), {}))
+    await storing.wait()
+    second = asyncio.create_task(read(answer))
+    await streams.wait()
+    stored.set()
+    await asyncio.wait_for(asyncio.gather(first, second, deleting), 10)
+    assert not server.turns and not (await server.store.load_threads(9, None, "asc", {})).data
