@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -125,7 +126,7 @@ def test_leaving_after_any_event(customised, provider):
     whole = PieceByPiece(customised.url, provider, "the whole turn").leave_after(1000)
     assert whole.sent == len(PIECES)
     places = range(1, len(whole.events))
-    with ThreadPoolExecutor(len(places)) as pool:
+    with ThreadPoolExecutor(8) as pool:
         chats = list(
             pool.map(
                 lambda place: PieceByPiece(
@@ -199,6 +200,79 @@ async def test_a_store_that_fails_ends_the_run(main, provider, monkeypatch):
     finally:
         gc.enable()
     assert [re.search("end=[a-z]+", line)[0] for line in log] == ["end=fault"]
+
+
+async def test_a_turn_that_hangs_is_cancelled(main, monkeypatch):
+    """It gets as long as running chats get at the end of the server.
+
+    What was streamed is stored, and the client gets one last event, however often it is stopped.
+    """
+
+    class Hanging(main.MemoryStore):
+        async def add_thread_item(self, thread_id, item, context):
+            if item.type == "assistant_message" and not hangs.is_set():
+                hangs.set()
+                await asyncio.Event().wait()
+            await super().add_thread_item(thread_id, item, context)
+
+    async def read() -> None:
+        events.extend([event async for event in await server.process(request, {})])
+
+    hangs, events = asyncio.Event(), []
+    monkeypatch.setattr(main, "SHUTDOWN_SECONDS", 0.1)
+    server = main.ChatKitServerImpl(Hanging())
+    request = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    reader = asyncio.create_task(read())
+    await hangs.wait()
+    (turn,) = server.turns
+    await asyncio.gather(server.stop_all_turns(), server.stop_all_turns())
+    assert turn.task.cancelled() and not server.turns
+    await reader
+    assert events.count(main.SERVER_STOPPED) == 1 and events[-1] == main.SERVER_STOPPED
+    page = await server.store.load_thread_items(turn.thread_id, None, 10, "asc", {})
+    assert [text_of(item) for item in page.data[:2]] == ["go", main.MOCK_REPLY]
+
+
+async def test_a_stop_that_comes_before_the_run(main, provider):
+    """The provider is not asked."""
+
+    class Slow(main.MemoryStore):
+        async def load_thread_items(self, thread_id, after, limit, order, context):
+            if limit == main.HISTORY_ITEMS:
+                loading.set()
+                await left.wait()
+            return await super().load_thread_items(thread_id, after, limit, order, context)
+
+    loading, left = asyncio.Event(), asyncio.Event()
+    server = main.ChatKitServerImpl(Slow())
+    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+    request = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    events = (await server.process(request, {})).json_events
+    await anext(events)
+    (turn,) = server.turns
+    await loading.wait()
+    await events.aclose()
+    left.set()
+    await asyncio.wait([turn.task])
+    assert turn.end == "stopped" and provider.requests == []
+    page = await server.store.load_thread_items(turn.thread_id, None, 10, "asc", {})
+    assert [item.type for item in page.data] == ["user_message", "sdk_hidden_context"]
+
+
+async def test_a_stopped_turn_is_forgotten(main):
+    """Nothing keeps it and its events in memory."""
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    request = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    events = (await server.process(request, {})).json_events
+    await anext(events)
+    (turn,) = server.turns
+    kept = weakref.ref(turn)
+    await events.aclose()
+    await asyncio.wait([turn.task])
+    del turn, events
+    await asyncio.sleep(0)  # until the event loop has let go of it, too
+    gc.collect()
+    assert kept() is None
 
 
 async def test_a_run_that_is_cancelled_twice(main, monkeypatch):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -344,6 +345,20 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
     assert (first_delta is not None) == streamed
     assert 0 <= float(first_delta or 0) <= float(total) < 60
     assert "question" not in line and "key" not in line
+
+
+def test_the_first_delta_is_the_first(main, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    turn = main.Turn(set(), "thr_1")
+    for seconds, type in (
+        (1.0, "thread.item.added"),
+        (2.0, "thread.item.updated"),
+        (3.0, "thread.item.updated"),
+    ):
+        clock.now = seconds
+        turn.put(f'data: {{"type":"{type}"}}\n\n'.encode())
+    assert turn.first_delta == 2.0
 
 
 # What the user does; how the turn ends; what the log says of the cause.
