@@ -52,6 +52,7 @@ that fails without it.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import gc
 import json
 import logging
@@ -59,6 +60,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -72,6 +74,7 @@ from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+from weakref import ref
 
 from dotenv import load_dotenv
 
@@ -99,12 +102,21 @@ def remove_blank_keys() -> None:
 
 remove_blank_keys()
 
+import httpx
 import litellm
+from litellm.litellm_core_utils import core_helpers
+from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
+    ModelResponseIterator as GeminiChunks,
+)
 
 # LiteLLM would print "Give Feedback / Get Help" when a call fails.
 litellm.suppress_debug_info = True
 # LiteLLM ends a stream after 100 equal chunks. A long table rule has more of them.
 litellm.REPEATED_STREAMING_CHUNK_LIMIT = 2**63  # type: ignore[attr-defined]  # untyped
+# If a provider reports no tokens, LiteLLM would count them: for a Llama model with a tokenizer that
+# it downloads, on the event loop. And the log would show its guess.
+litellm.disable_token_counter = True
 # This finalizer sets context variables. Before Python 3.12 it may run inside ContextVar.set, and
 # crash the process.
 litellm.CustomStreamWrapper.__del__ = lambda stream: None
@@ -113,6 +125,86 @@ litellm.CustomStreamWrapper.__del__ = lambda stream: None
 warnings.filterwarnings(
     "ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited", RuntimeWarning
 )
+# LiteLLM says "stop", a normal end, for these of the providers' words for a failure (LiteLLM issue
+# 16651). This is the only word of its own for one.
+FAILED_END = "malformed_function_call"
+finish_reasons: dict[str, Any] = core_helpers._FINISH_REASON_MAP
+for reason in (
+    FAILED_END,
+    "FINISH_REASON_UNSPECIFIED",
+    "MALFORMED_FUNCTION_CALL",
+    "MALFORMED_RESPONSE",
+    "MISSING_THOUGHT_SIGNATURE",
+    "TOO_MANY_TOOL_CALLS",
+    "UNEXPECTED_TOOL_CALL",
+    "ERROR",
+    "error",
+    "network_error",
+):
+    finish_reasons[reason] = FAILED_END
+# LiteLLM 1.106 does not know this one, and says "stop", too.
+finish_reasons["model_context_window_exceeded"] = "length"
+
+
+def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
+    """Parse a chunk of Gemini's reply, and tell whether it is the last.
+
+    LiteLLM says "stop" for every chunk that gives no reason for an end (LiteLLM issue 2195), so a
+    reply that is cut off would seem to be complete.
+    """
+    parsed = original_parse(self, chunk)
+    if parsed is not None:
+        for choice, candidate in zip(parsed.choices, chunk.get("candidates", []), strict=False):
+            if not candidate.get("finishReason"):
+                choice.finish_reason = None
+        parsed.hidden_params["is_finished"] = any(choice.finish_reason for choice in parsed.choices)
+    return parsed
+
+
+original_parse: Any = GeminiChunks.chunk_parser
+GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
+
+
+def show_refusal(self: litellm.CustomStreamWrapper, chunk: Any) -> Any:
+    """Make OpenAI's refusal the text of the reply: LiteLLM 1.106 drops it."""
+    for choice in chunk.choices or []:
+        if refusal := getattr(choice.delta, "refusal", None):
+            choice.delta.content = refusal
+            choice.delta.refusal = None
+    return original_handle(self, chunk)
+
+
+original_handle: Any = litellm.CustomStreamWrapper.handle_openai_chat_completion_chunk
+litellm.CustomStreamWrapper.handle_openai_chat_completion_chunk = show_refusal
+
+
+class LineResponse(httpx.Response):
+    """A response that LiteLLM reads by lines: server-sent events, or JSON."""
+
+    async def aiter_lines(self) -> AsyncIterator[str]:
+        """Yield the lines as they were sent.
+
+        httpx also splits lines at U+2028, U+2029 and U+0085, which JSON may contain as they are
+        (LiteLLM issue 30471). And LiteLLM takes any line that contains "[DONE]" for the end of the
+        reply (LiteLLM issue 31562), so that is escaped in JSON. LiteLLM 1.110 does neither.
+        """
+        rest = ""
+        async for text in self.aiter_text():
+            *lines, rest = re.split("\r\n|\n|\r", rest + text)
+            for line in lines:
+                yield line if line.endswith("[DONE]") else line.replace("[DONE]", r"[\u0044ONE]")
+        if rest:
+            yield rest
+
+
+async def post(self: AsyncHTTPHandler, *args: Any, **kwargs: Any) -> httpx.Response:
+    response: httpx.Response = await original_post(self, *args, **kwargs)
+    response.__class__ = LineResponse
+    return response
+
+
+original_post: Any = AsyncHTTPHandler.post
+AsyncHTTPHandler.post = post  # type: ignore[method-assign]
 
 # ---- End of the process-wide effects -------------------------------------------------------------
 
@@ -120,6 +212,7 @@ import anyio
 from agents import (
     Agent,
     InputGuardrailTripwireTriggered,
+    MaxTurnsExceeded,
     ModelBehaviorError,
     ModelProvider,
     ModelRefusalError,
@@ -172,7 +265,15 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from litellm.exceptions import ContentPolicyViolationError, ContextWindowExceededError
+from litellm.constants import DEFAULT_ANTHROPIC_CHAT_MAX_TOKENS
+from litellm.exceptions import (
+    AuthenticationError,
+    ContentPolicyViolationError,
+    ContextWindowExceededError,
+)
+from litellm.types.utils import LlmProviders
+from openai import AsyncStream
+from openai._streaming import ServerSentEvent
 from openai.types.responses import (
     ResponseFunctionToolCallParam,
     ResponseInputMessageContentListParam,
@@ -479,16 +580,38 @@ def litellm_name(provider: str, model: str) -> str:
     if provider not in known:
         raise SystemExit(
             f"PROVIDER={provider!r} is none of {', '.join(DEFAULT_MODELS)}."
-            " Any other needs MODEL, too."
+            f" Any other needs MODEL, too.{did_you_mean(provider)}"
         )
     if model == "auto":
         model = DEFAULT_MODELS[provider]
     prefix = "openai" if provider == "mock" else provider
-    return f"{prefix}/{model.removeprefix(prefix + '/')}"
+    bare = model.removeprefix(prefix + "/")
+    # Some ids begin like a prefix and are meant as they are: vLLM's "openai/gpt-oss-20b", and
+    # OpenRouter's own models, as "openrouter/auto".
+    own_server = os.getenv("OPENAI_BASE_URL") or os.getenv("OPENAI_API_BASE")
+    if (prefix == "openai" and own_server) or (prefix == "openrouter" and "/" not in bare):
+        bare = model
+    return f"{prefix}/{bare}"
+
+
+def did_you_mean(provider: str) -> str:
+    """Return a question that names the providers whose name, or default model, is close."""
+    known = [known.value for known in LlmProviders]
+    if provider in known:
+        return ""
+    names = difflib.get_close_matches(provider, known)
+    for name, model in DEFAULT_MODELS.items():
+        if model.startswith(provider) and name != "mock":
+            names.insert(0, name)
+    return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
 class EmptyReply(Exception):
     """A turn ended without a text, a tool call or anything else that the user can see."""
+
+
+class LengthLimit(Exception):
+    """The model's length limit ended the reply."""
 
 
 class Fault(NamedTuple):
@@ -498,22 +621,69 @@ class Fault(NamedTuple):
     errors: list[type[Exception]]
     message: str  # may name the {key} and the {model}
     allow_retry: bool
+    words: tuple[str, ...] = ()  # what some providers say of it, whatever the status
 
 
 GUARDRAILS: list[type[Exception]] = [
     InputGuardrailTripwireTriggered,
     OutputGuardrailTripwireTriggered,
 ]
+# A mistake in this server, or in what is installed, and not the provider's.
+SERVER_BUGS: list[type[Exception]] = [ImportError, TypeError, AttributeError, NameError]
 # The faults of a turn that are raised outside of the model. A tool's own errors are none of them:
 # chatkit logs those.
 TURN_FAULTS: tuple[type[Exception], ...] = (
     EmptyReply,
+    MaxTurnsExceeded,
     ModelBehaviorError,
     ModelRefusalError,
     *GUARDRAILS,
 )
+FILTERED = Fault(
+    [],
+    [ContentPolicyViolationError, ModelRefusalError],
+    "The AI provider's content filter stopped this.",
+    False,
+)
+TIMED_OUT = Fault(
+    [408],
+    [TimeoutError],
+    "The AI provider timed out: it sent nothing for too long. Try again.",
+    True,
+)
+TOO_LONG_A_REPLY = Fault(
+    [],
+    [LengthLimit],
+    "The reply reached the model's length limit, and ends here. Ask for the rest.",
+    False,
+)
+CUT_OFF = Fault(
+    [],
+    [ConnectionResetError],
+    "The reply was cut off: the AI provider dropped the connection. Try again.",
+    True,
+)
+SERVER_BUG = Fault(
+    [],
+    SERVER_BUGS,
+    "This server cannot use the AI provider. The server's log has the reason.",
+    False,
+)
 FAULTS = [  # the first that fits is the one
-    Fault([401, 403], [], "The AI provider refused the key. Check {key}.", False),
+    Fault(
+        [402],
+        [],
+        "The quota or credit at the AI provider is used up. Check the plan and billing of {key}.",
+        False,
+        ("insufficient_quota", "credit balance is too low"),
+    ),
+    Fault(
+        [401, 403],
+        [AuthenticationError],
+        "The AI provider refused the key. Check {key}.",
+        False,
+        ("API_KEY_INVALID",),
+    ),
     Fault([404], [], "The AI provider does not know the model {model}. Check MODEL.", False),
     Fault([429], [], "The AI provider's rate limit is reached. Wait a moment and try again.", True),
     Fault(
@@ -522,25 +692,17 @@ FAULTS = [  # the first that fits is the one
         "This conversation is too long. Start a new thread.",
         False,
     ),
-    Fault(
-        [],
-        [ContentPolicyViolationError, ModelRefusalError],
-        "The AI provider's content filter stopped this.",
-        False,
-    ),
+    FILTERED,
     Fault([], GUARDRAILS, "This server's rules do not allow this. Rephrase your message.", False),
     Fault(
-        [408],
-        [TimeoutError],
-        "The AI provider timed out: it sent nothing for too long. Try again.",
-        True,
-    ),
-    Fault(
         [],
-        [ConnectionResetError],
-        "The reply was cut off: the AI provider dropped the connection. Try again.",
-        True,
+        [MaxTurnsExceeded],
+        "The model used tools again and again without an answer. Rephrase your message.",
+        False,
     ),
+    TIMED_OUT,
+    TOO_LONG_A_REPLY,
+    CUT_OFF,
     Fault(
         [],
         [ModelBehaviorError, StopAsyncIteration],
@@ -548,41 +710,61 @@ FAULTS = [  # the first that fits is the one
         True,
     ),
     Fault([], [EmptyReply], "The AI provider's reply was empty. Try again.", True),
+    SERVER_BUG,
     Fault(
         list(range(500, 600)),
-        [],
+        [OSError],
         "The AI provider is unavailable. Try again later.",
         True,
     ),
     Fault(
         list(range(400, 500)),
         [],
-        "The AI provider refused this request. Start a new thread.",
+        "The AI provider refused this request. The server's log has the reason.",
         False,
     ),
 ]
+# After a part of the reply, whatever else the provider reports has cut it off.
+FAULTS_AFTER_TEXT = [FILTERED, TIMED_OUT, TOO_LONG_A_REPLY, SERVER_BUG]
 
 
-def find_fault(error: BaseException) -> Fault | None:
-    """Return the first of FAULTS that fits the error or one of its causes.
-
-    LiteLLM wraps errors, and the status is not always on the outermost.
-    """
+def causes_of(error: BaseException) -> list[BaseException]:
+    """Return the error and its causes, the innermost last."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause and cause not in causes:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    # LiteLLM's mark of an error that came after a part of the reply.
-    if any(getattr(cause, "generated_content", "") for cause in causes):
-        causes.append(ConnectionResetError())
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return causes
 
-    for fault in FAULTS:
-        for cause in causes:
-            if getattr(cause, "status_code", None) in fault.statuses:
-                return fault
-            if isinstance(cause, tuple(fault.errors)):
-                return fault
+
+def find_fault(error: BaseException, after_text: bool = False) -> Fault | None:
+    """Return the first of FAULTS that fits the error or one of its causes."""
+    causes = causes_of(error)
+    status = find_status(causes)
+    text = " ".join(f"{cause} {getattr(cause, 'body', '')}" for cause in causes)
+
+    for fault in FAULTS_AFTER_TEXT if after_text else FAULTS:
+        if status in fault.statuses or any(word in text for word in fault.words):
+            return fault
+        if any(isinstance(cause, tuple(fault.errors)) for cause in causes):
+            return fault
+    return CUT_OFF if after_text else None
+
+
+def find_status(causes: list[BaseException]) -> int | None:
+    """Return the HTTP status of the provider, if the error comes from an answer of it.
+
+    The innermost cause knows. LiteLLM wraps it in an error whose status it may have read from the
+    digits in a text: "Cannot connect to 127.0.0.1:40301" counts as 403 (LiteLLM issue 34954).
+    """
+    for cause in reversed(causes):
+        if isinstance(cause, (OSError, *SERVER_BUGS)):
+            return None
+        response = getattr(cause, "response", None)
+        status = getattr(cause, "status_code", None) or getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status
     return None
 
 
@@ -610,8 +792,13 @@ class ProviderModel(LitellmModel):
         super().__init__(model=model, base_url=base_url, api_key=api_key)
         self.canned_reply = canned_reply
         self.provider = "mock" if canned_reply else model.partition("/")[0]
+        self.unset = [] if api_key or canned_reply else unset_variables(model)
+        self.missing_key = (
+            self.unset[-1] if self.unset and self.provider in DEFAULT_MODELS else None
+        )
         self.key_name = f"{self.provider.upper()}_API_KEY"
-        self.missing_key = None if api_key or canned_reply else missing_key(model)
+        if self.key_name not in [*os.environ, *self.unset]:  # more than one, or by another name
+            self.key_name = f"this server's credentials for {self.provider}"
         # Log lines count the tokens. LiteLLM refuses `stream_options`, which asks for them, for
         # two providers.
         self.settings = ModelSettings(
@@ -673,9 +860,30 @@ class ProviderModel(LitellmModel):
                 )
             yield event
 
-    def raise_fault(self, error: Exception) -> NoReturn:
+    def start_warnings(self) -> list[str]:
+        """Return what the operator should know of this model when the server starts."""
+        if self.missing_key:
+            return [
+                f"{self.missing_key} is not set: every chat with {self.model} gets an error."
+                " PROVIDER=mock needs no key."
+            ]
+        warnings = []
+        if self.unset:
+            warnings.append(
+                f"{' and '.join(self.unset)} is not set, which LiteLLM asks for with {self.model}."
+                " Unless another variable serves, every chat fails."
+            )
+        if self.provider == "anthropic" and self.model.partition("/")[2] not in litellm.model_cost:
+            warnings.append(
+                f"LiteLLM does not know {self.model}: its replies end after"
+                f" {DEFAULT_ANTHROPIC_CHAT_MAX_TOKENS} tokens. To change that, set"
+                " DEFAULT_ANTHROPIC_CHAT_MAX_TOKENS."
+            )
+        return warnings
+
+    def raise_fault(self, error: Exception, after_text: bool = False) -> NoReturn:
         """Raise the ProviderFault that FAULTS has for the error, or else the error itself."""
-        fault = None if isinstance(error, ProviderFault) else find_fault(error)
+        fault = None if isinstance(error, ProviderFault) else find_fault(error, after_text)
         if fault is None:
             raise error
         message = fault.message.format(key=self.key_name, model=self.model)
@@ -686,8 +894,7 @@ class ProviderModel(LitellmModel):
     ) -> ProviderFault:
         """Return a ProviderFault with this message, after a line in the log with its cause."""
         if error:
-            cause = without_keys(" ".join(str(error).split()))
-            logger.error("%s (%s: %.500s)", message, type(error).__name__, cause)
+            logger.error("%s (%s: %.500s)", message, type(error).__name__, on_one_line(error))
         else:
             logger.error("%s", message)
         if turn := Turn.current.get(None):
@@ -695,15 +902,21 @@ class ProviderModel(LitellmModel):
         return ProviderFault(message, allow_retry=allow_retry)
 
 
-def missing_key(model: str) -> str | None:
-    """Return the name of the variable that should hold the model's key, if none does."""
-    missing = litellm.validate_environment(model)["missing_keys"]
-    keys = [name for name in missing if name.endswith("_API_KEY")]
-    return keys[-1] if keys else None
+def unset_variables(model: str) -> list[str]:
+    """Return the variables that LiteLLM asks for and that are not set.
+
+    Others may do as well: LiteLLM names one variable where a provider accepts several.
+    """
+    names: list[str] = litellm.validate_environment(model)["missing_keys"]
+    return [name for name in names if not os.getenv(name)]
 
 
-def without_keys(text: str) -> str:
-    """Return the text with asterisks in place of every key: some providers repeat it in errors."""
+def on_one_line(error: BaseException) -> str:
+    """Return what the error says, with asterisks in place of every key: some providers repeat it.
+
+    LiteLLM ends some errors with a traceback.
+    """
+    text = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())
     for name, value in os.environ.items():
         if name.endswith("_API_KEY"):
             text = text.replace(value, "***")
@@ -719,6 +932,13 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
     def __init__(self, model: ProviderModel, stream: litellm.CustomStreamWrapper) -> None:
         self.model = model
         self.stream = stream
+        self.answered = False  # a text or a tool call came
+        self.halves: dict[str, str] = {}  # of characters whose other half is in the next chunk
+        self.places: dict[int, int] = {}  # index of a tool call in the chunks -> our own
+        self.call_ids: list[str] = []
+        if isinstance(source := stream.completion_stream, AsyncStream):
+            events = ServerSentEvents(source._decoder, stream)
+            source._decoder = events  # type: ignore[assignment]
 
     async def __anext__(self) -> litellm.ModelResponseStream:
         # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
@@ -726,7 +946,7 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
         await asyncio.sleep(0)
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
-                return await anext(self.stream)
+                chunk: litellm.ModelResponseStream = await anext(self.stream)
         except StopAsyncIteration:
             self.check_end()
             raise
@@ -735,10 +955,41 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
             await asyncio.shield(self.aclose())
             raise
         except Exception as error:
-            self.model.raise_fault(error)
+            self.model.raise_fault(error, self.answered)
+        for choice in chunk.choices:
+            self.mend(choice.delta)
+        return chunk
+
+    def mend(self, delta: Any) -> None:
+        """Correct what some providers send, before openai-agents and chatkit see it."""
+        if refusal := getattr(delta, "refusal", None):  # chatkit would not show it
+            delta.content = refusal
+            delta.refusal = None
+        for name in ("content", "reasoning_content"):
+            text = getattr(delta, name, None)
+            if text and (self.halves.get(name) or not text.isascii()):
+                setattr(delta, name, self.whole_characters(name, text))
+        for call in delta.tool_calls or []:
+            if call.id and call.id not in self.call_ids:
+                self.places[call.index] = len(self.call_ids)
+                self.call_ids.append(call.id)
+            call.index = self.places.get(call.index, call.index)
+        if delta.content or delta.tool_calls:
+            self.answered = True
+
+    def whole_characters(self, name: str, text: str) -> str:
+        """Return the text without a half of a character at its end: the next text begins with it.
+
+        Some providers escape an emoji as two surrogates, and split it between two chunks. They
+        cannot be encoded, and the turn would end with an error.
+        """
+        text = self.halves.get(name, "") + text
+        self.halves[name] = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
+        text = text.removesuffix(self.halves[name])
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def check_end(self) -> None:
-        """Raise unless the provider gave a reason for the end of the reply.
+        """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
         LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
         reason for their end.
@@ -747,12 +998,16 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
             return
         stream = self.stream
         reason = stream.received_finish_reason or stream.intermittent_finish_reason
+        if reason:
+            reason = core_helpers.map_finish_reason(reason)
         error: Exception
         if reason == "content_filter":
             error = ContentPolicyViolationError(reason, self.model.model, self.model.provider)
-        elif reason is not None:
+        elif reason == "length" and self.answered:
+            error = LengthLimit(reason)
+        elif reason and reason != FAILED_END:
             return
-        elif stream.response_uptil_now:
+        elif self.answered:
             error = ConnectionResetError("the stream ended before the reply did")
         else:
             error = ModelBehaviorError("the stream held no reply")
@@ -767,6 +1022,24 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
         await self.stream.aclose()
         if lines is not None and hasattr(lines, "aclose"):
             await lines.aclose()
+
+
+class ServerSentEvents:
+    """A decoder of OpenAI's client that also tells LiteLLM of "[DONE]".
+
+    The client keeps that to itself. vLLM and some gateways send no other mark of the end.
+    """
+
+    def __init__(self, decoder: Any, stream: litellm.CustomStreamWrapper) -> None:
+        self.decoder = decoder
+        self.stream = ref(stream)  # which holds this decoder
+
+    async def aiter_bytes(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerSentEvent]:
+        async for event in self.decoder.aiter_bytes(chunks):
+            stream = self.stream()
+            if event.data.startswith("[DONE]") and stream and not stream.received_finish_reason:
+                stream.received_finish_reason = "stop"
+            yield event
 
 
 class ProviderModels(ModelProvider):
@@ -1106,6 +1379,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         self.run_config = RunConfig(model_provider=models)
         self.converter = Converter()
         self.turns: set[Turn] = set()  # the turns that run in this process
+        self.warming_up: asyncio.Task[None] | None = None
 
     # ---- A turn
 
@@ -1117,6 +1391,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         Raises CustomStreamError, whose message chatkit sends to the client.
         """
         turn = Turn.current.get(None) or Turn(self.turns, thread.id)
+        if self.warming_up:
+            await asyncio.wait([self.warming_up])  # it uses LiteLLM's connections, too
         if thread.title is None and input:
             thread.title = message_text(input)[:TITLE_LENGTH] or None
             yield self.event_that_saves(thread, context)
@@ -1475,6 +1751,53 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
     return " ".join(" ".join(part.text for part in message.content).split())
 
 
+def warm_up(models: list[ProviderModel]) -> None:
+    """Do, in a thread, what the first chat of a process does: hundreds of imports.
+
+    On the event loop they would hold up every other chat for most of a second. A canned reply
+    imports what reads replies, and a request to an address where nobody listens what sends them.
+    """
+    for model in models:
+        try:
+            asyncio.run(answer(ProviderModel(model.model, canned_reply="Warm.")))
+            if not model.canned_reply:
+                with socket.socket() as nobody:
+                    nobody.bind(("127.0.0.1", 0))
+                    url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+                    asyncio.run(ask(LitellmModel(model.model, url, "no key")))
+        except Exception as error:  # at the latest because nobody listens
+            if find_fault(error) is SERVER_BUG:
+                log_that_it_cannot_be_used(model, causes_of(error)[-1])
+
+
+def log_that_it_cannot_be_used(model: ProviderModel, cause: BaseException) -> None:
+    hint = ""
+    if isinstance(cause, ImportError) and "mcp" in str(cause):
+        hint = " LiteLLM uses OpenAI's Responses API for it, and mcp 2.2 or newer for that."
+    reason = on_one_line(cause)
+    logger.error("%s cannot be used here: %.300s.%s", model.model, reason, hint)
+
+
+async def answer(model: ProviderModel) -> None:
+    """Answer a message, in a thread that nobody sees."""
+    server = ChatKitServerImpl(MemoryStore())
+    server.agent.model = model
+    message = {"content": [{"type": "input_text", "text": "Hello."}], "attachments": []}
+    params = {"input": {**message, "inference_options": {}}}
+    request = REQUEST.validate_python({"type": "threads.create", "params": params})
+    assert is_streaming_req(request)
+    async for _ in server._process_streaming(request, {}):
+        pass
+
+
+async def ask(model: LitellmModel) -> None:
+    """Ask a model, and nothing else."""
+    settings = ModelSettings(extra_args={"max_retries": 0})
+    agent = Agent("Warm-up", model=model, model_settings=settings)
+    async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
+        pass
+
+
 # ---- The stages of a turn: its events pass through these generators, in the order of `respond`
 
 
@@ -1579,20 +1902,18 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.freeze()
     logger.info("PROVIDER=%s, model %s", PROVIDER, model.model)
     logger.info("Settings from the environment and %s", ENV_FILE or "no .env file")
-    for offered in dict.fromkeys(OFFERED_MODELS.values()):
-        if offered.missing_key:
-            logger.warning(
-                "%s is not set: every chat with %s gets an error. PROVIDER=mock needs no key.",
-                offered.missing_key,
-                offered.model,
-            )
+    offered = list(dict.fromkeys(OFFERED_MODELS.values()))
+    for warning in [warning for model in offered for warning in model.start_warnings()]:
+        logger.warning("%s", warning)
     if not TOKENS:
         logger.warning(
             "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
         )
     stop_turns_at_signals()
+    server.warming_up = asyncio.create_task(asyncio.to_thread(warm_up, offered))
     yield
     await server.stop_all_turns()
+    await server.warming_up
 
 
 def stop_turns_at_signals() -> None:

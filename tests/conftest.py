@@ -133,6 +133,16 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_busy": {"PROVIDER": "openai"},
     "stopped_streaming": {"PROVIDER": "openai"},
     "served_streaming": {"PROVIDER": "openai"},
+    # Other providers. Of the names of Llama models, LiteLLM's guess is a tokenizer on the internet.
+    "ollama": {"PROVIDER": "ollama_chat", "MODEL": "llama3.2"},
+    "openrouter": {"PROVIDER": "openrouter", "MODEL": "openrouter/auto"},
+    "mistral": {"PROVIDER": "mistral", "MODEL": "mistral-large-latest", "MISTRAL_API_KEY": "key"},
+    "deepseek": {"PROVIDER": "deepseek", "MODEL": "deepseek-chat"},
+    "vllm": {"PROVIDER": "hosted_vllm", "MODEL": "meta-llama/Llama-3.1-8B-Instruct"},
+    "groq": {"PROVIDER": "groq", "MODEL": "llama-3.3-70b-versatile"},
+    "azure": {"PROVIDER": "azure", "MODEL": "gpt-4o"},
+    "gpt-oss": {"PROVIDER": "openai", "MODEL": "openai/gpt-oss-20b"},
+    "codex": {"PROVIDER": "openai", "MODEL": "gpt-5-codex"},
 }
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = (

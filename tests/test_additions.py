@@ -72,7 +72,8 @@ def test_the_choice_holds_after_a_client_tool(chat, provider):
     ]
 
 
-def test_the_fault_of_a_chosen_model(additions, chat):
+def test_the_fault_of_a_chosen_model(additions, chat, provider):
+    provider.script["hello"] = [[Failure("key")]]
     error = error_of(chat.say("hello", **choosing("mistral/m")))
     assert "MISTRAL_API_KEY" in error.message and not error.allow_retry
     log = additions.wait_for(f"thread={chat.thread_id} ")

@@ -93,6 +93,20 @@ class Raw:
 
 
 @dataclass
+class Body:
+    """The whole answer in the provider's own bytes.
+
+    Each piece is sent on its own; one that is no bytes is sent as JSON. With `cut` the connection
+    is dropped before the body's end.
+    """
+
+    pieces: list
+    status: int = 200
+    type: str = "text/event-stream"
+    cut: bool = False
+
+
+@dataclass
 class Failure:
     """The whole answer is an error: a status and the provider's own body for it.
 
@@ -127,6 +141,7 @@ def sse(data, event: str = "") -> bytes:
 class Gemini:
     """https://ai.google.dev/api/generate-content: POST models/…:streamGenerateContent?alt=sse"""
 
+    type = "text/event-stream"
     status: ClassVar[dict[str, int]] = {
         "key": 400,
         "forbidden": 403,
@@ -252,6 +267,7 @@ class Gemini:
 class OpenAI:
     """https://platform.openai.com/docs/api-reference/chat/streaming: POST chat/completions"""
 
+    type = "text/event-stream"
     status: ClassVar[dict[str, int]] = {
         "key": 401,
         "forbidden": 403,
@@ -411,6 +427,7 @@ class OpenAI:
 class Anthropic:
     """https://docs.anthropic.com/en/api/messages-streaming: POST v1/messages"""
 
+    type = "text/event-stream"
     status: ClassVar[dict[str, int]] = {
         "key": 401,
         "forbidden": 403,
@@ -549,6 +566,130 @@ class Anthropic:
         return system if isinstance(system, str) else "".join(part["text"] for part in system)
 
 
+class Ollama(OpenAI):
+    """https://docs.ollama.com/api/chat: POST api/chat, one JSON object a line"""
+
+    type = "application/x-ndjson"
+
+    def line(self, content: str, done: bool = False, **more) -> bytes:
+        message = {"role": "assistant", "content": content}
+        return (
+            json.dumps({"model": "llama3.2", "message": message, "done": done, **more}).encode()
+            + b"\n"
+        )
+
+    def begin(self) -> bytes:
+        return b""
+
+    def step(self, step) -> bytes:
+        match step:
+            case Text(text):
+                return self.line(text)
+            case Finish(reason):
+                return self.line("", True, done_reason=reason, prompt_eval_count=7, eval_count=3)
+
+
+class Responses(OpenAI):
+    """https://platform.openai.com/docs/api-reference/responses-streaming: POST responses"""
+
+    def __init__(self, body: dict):
+        super().__init__(body)
+        self.number = -1
+        self.text = ""
+
+    def event(self, type: str, **more) -> bytes:
+        self.number += 1
+        return sse({"type": type, "sequence_number": self.number, **more}, type)
+
+    def response(self, status: str, output: list, **more) -> dict:
+        return {
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "metadata": {},
+            "model": "gpt-5-codex",
+            "output": output,
+            "parallel_tool_calls": True,
+            "temperature": 1.0,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": 1.0,
+            **more,
+        }
+
+    def message(self, status: str) -> dict:
+        content = (
+            [{"type": "output_text", "text": self.text, "annotations": []}] if self.text else []
+        )
+        return {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": content,
+        }
+
+    def begin(self) -> bytes:
+        return self.event(
+            "response.created", response=self.response("in_progress", [])
+        ) + self.event(
+            "response.output_item.added", output_index=0, item=self.message("in_progress")
+        )
+
+    def step(self, step) -> bytes:
+        place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        match step:
+            case Text(text):
+                self.text += text
+                return self.event("response.output_text.delta", **place, delta=text, logprobs=[])
+            case Finish("stop"):
+                usage = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}
+                usage |= {
+                    "input_tokens_details": {"cached_tokens": 0},
+                    "output_tokens_details": {"reasoning_tokens": 0},
+                }
+                item = self.message("completed")
+                return self.event(
+                    "response.output_item.done", output_index=0, item=item
+                ) + self.event(
+                    "response.completed", response=self.response("completed", [item], usage=usage)
+                )
+            case Finish("length"):
+                item = self.message("incomplete")
+                details = {"reason": "max_output_tokens"}
+                return self.event(
+                    "response.output_item.done", output_index=0, item=item
+                ) + self.event(
+                    "response.incomplete",
+                    response=self.response("incomplete", [item], incomplete_details=details),
+                )
+
+    @staticmethod
+    def messages(body: dict) -> list[tuple[str, str]]:
+        found = []
+        for item in (
+            [{"role": "user", "content": body["input"]}]
+            if isinstance(body["input"], str)
+            else body["input"]
+        ):
+            content = item.get("content")
+            if "role" not in item:
+                found.append(("tool", json.dumps(item, sort_keys=True)))
+            elif isinstance(content, str):
+                found.append((item["role"], content))
+            else:
+                found += [(item["role"], part["text"]) for part in content]
+        return found
+
+    @staticmethod
+    def instructions(body: dict) -> str:
+        return body.get("instructions", "")
+
+
 # ---- The server -----------------------------------------------------------------
 
 
@@ -566,10 +707,9 @@ class Seen:
 
     @property
     def key(self) -> str:
-        names = ("x-goog-api-key", "x-api-key", "authorization")
-        return next(self.headers[name] for name in names if name in self.headers).removeprefix(
-            "Bearer "
-        )
+        names = ("x-goog-api-key", "x-api-key", "authorization", "api-key")
+        keys = [self.headers[name] for name in names if name in self.headers]
+        return keys[0].removeprefix("Bearer ") if keys else ""
 
     @property
     def messages(self) -> list[tuple[str, str]]:
@@ -579,6 +719,9 @@ class Seen:
     def message(self) -> str:
         """The text of the newest user message."""
         return next((text for role, text in reversed(self.messages) if role == "user"), "")
+
+
+OPENAI_COMPATIBLE = ("OPENROUTER", "DEEPSEEK", "GROQ", "HOSTED_VLLM")
 
 
 class Provider:
@@ -595,7 +738,10 @@ class Provider:
         for method in ("streamGenerateContent", "generateContent"):
             route = f"/gemini/models/{{model}}:{method}"
             self.app.add_api_route(route, self.gemini, methods=["POST"])
-        self.app.add_api_route("/openai/chat/completions", self.openai, methods=["POST"])
+        # OpenAI's route, and Azure's: openai/deployments/{model}/chat/completions
+        self.app.add_api_route("/openai/{path:path}chat/completions", self.openai, methods=["POST"])
+        self.app.add_api_route("/openai/responses", self.responses, methods=["POST"])
+        self.app.add_api_route("/ollama/api/chat", self.ollama, methods=["POST"])
         self.app.add_api_route("/anthropic/v1/messages", self.anthropic, methods=["POST"])
 
     async def gemini(self, request: Request):
@@ -607,6 +753,12 @@ class Provider:
     async def anthropic(self, request: Request):
         return await self.respond(Anthropic, request)
 
+    async def responses(self, request: Request):
+        return await self.respond(Responses, request)
+
+    async def ollama(self, request: Request):
+        return await self.respond(Ollama, request)
+
     async def respond(self, format, request: Request):
         seen = Seen(format, await request.json(), dict(request.headers), str(request.url))
         if self.keep:
@@ -616,6 +768,11 @@ class Provider:
         replies = self.script.get(message) or [self.answer(message)]
         steps = replies.pop(0) if len(replies) > 1 else replies[0]
         writer = format(seen.body)
+        if steps and isinstance(steps[0], Body):
+            body = steps[0]
+            return StreamingResponse(
+                self.send(body, seen), status_code=body.status, media_type=body.type
+            )
         if steps and isinstance(steps[0], Failure):
             seen.closed.set()
             kind = steps[0].kind
@@ -631,7 +788,18 @@ class Provider:
             return JSONResponse(body, status_code=format.status[kind])
         if not (seen.body.get("stream") or "stream" in seen.path):
             return await self.complete(writer, steps, seen)
-        return StreamingResponse(self.stream(writer, steps, seen), media_type="text/event-stream")
+        return StreamingResponse(self.stream(writer, steps, seen), media_type=format.type)
+
+    async def send(self, body: Body, seen: Seen):
+        try:
+            for piece in body.pieces:
+                yield piece if isinstance(piece, bytes) else json.dumps(piece).encode()
+                await asyncio.sleep(0.02)  # otherwise two pieces may arrive as one
+            if body.cut:
+                raise ConnectionError("cut on purpose")
+            seen.complete = True
+        finally:
+            seen.closed.set()
 
     async def complete(self, writer, steps: list, seen: Seen):
         """The texts of the steps in one piece."""
@@ -692,9 +860,15 @@ class Provider:
             "GEMINI_API_BASE": f"{self.url}/gemini",
             "OPENAI_BASE_URL": f"{self.url}/openai",
             "ANTHROPIC_API_BASE": f"{self.url}/anthropic",
+            "OLLAMA_API_BASE": f"{self.url}/ollama",
+            "AZURE_API_BASE": self.url,
+            "MISTRAL_AZURE_API_BASE": f"{self.url}/openai",  # LiteLLM's only name for it
+            **{f"{name}_API_BASE": f"{self.url}/openai" for name in OPENAI_COMPATIBLE},
             "GEMINI_API_KEY": "gemini-key-0123456789",
             "OPENAI_API_KEY": "openai-key-0123456789",
             "ANTHROPIC_API_KEY": "anthropic-key-0123456789",
+            "AZURE_API_KEY": "azure-key-0123456789",
+            **{f"{name}_API_KEY": f"{name.lower()}-key-0123456789" for name in OPENAI_COMPATIBLE},
         }
 
     def __enter__(self):
