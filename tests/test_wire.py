@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
-from client import NO_TLS, Chat, Server, done, error_of, load_main, text_of
+from client import NO_TLS, Chat, done, error_of, load_main, text_of
 from provider import (
     Anthropic,
     Body,
@@ -499,27 +498,3 @@ def test_no_chat_waits_for_anything_but_its_provider(servers, name):
     assert [text_of(item) for item in done(reply.result())] == ["You said: hello"]
     assert slowest < 0.2
     assert "OUTSIDE" not in "\n".join(server.log)
-
-
-@pytest.mark.parametrize("name", ["gemini", "openai", "anthropic"])
-def test_the_first_chat_of_a_process(tmp_path, provider, name):
-    """The imports that it needs are done while the server starts, in a thread."""
-    server = Server(tmp_path, {**provider.environment(), "PROVIDER": name}).started()
-    try:
-        time.sleep(3)
-        seconds = []
-        for _ in range(6):
-            chat = Chat(server.url)
-            started = cpu_seconds(server)
-            assert [text_of(item) for item in done(chat.say("hello"))] == ["You said: hello"]
-            seconds.append(cpu_seconds(server) - started)
-    finally:
-        server.stop()
-    first, *others = seconds
-    assert first <= 3 * sorted(others)[len(others) // 2], seconds
-
-
-def cpu_seconds(server: Server) -> float:
-    """What the server's threads have worked. Other than a clock, it is blind to other load."""
-    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9

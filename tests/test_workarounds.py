@@ -10,8 +10,10 @@ import gc
 import re
 import signal
 import sys
+import time
 import weakref
 from contextvars import ContextVar
+from pathlib import Path
 
 import httpx
 import litellm
@@ -19,8 +21,22 @@ import pytest
 from agents import Agent, ModelSettings, ModelTracing, RunConfig, Runner
 from chatkit.server import StreamingResult
 
-from client import NO_TLS, deltas, done, error_of, load_main, message, text_of
-from provider import Cut, Failure, Raw, Silence, Text, Thought, Together, ToolCall
+from client import NO_TLS, Chat, Server, deltas, done, error_of, load_main, message, text_of
+from provider import (
+    Body,
+    Cut,
+    Failure,
+    Finish,
+    Gemini,
+    Ollama,
+    OpenAI,
+    Raw,
+    Silence,
+    Text,
+    Thought,
+    Together,
+    ToolCall,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -177,6 +193,109 @@ def test_500_equal_chunks(chat, provider):
     events = chat.say("rule")
     (reply,) = done(events)
     assert text_of(reply) == deltas(events, reply.id) == text_of(chat.items()[-1]) == "---" * 500
+
+
+def test_every_chunk_of_gemini_says_stop(servers, provider):
+    """LiteLLM says so for a chunk without a reason, and a reply that is cut off seems complete."""
+    provider.script["go"] = [[Body([Gemini({}).step(Text("The first "))])]]
+    assert "cut off" in error_of(Chat(servers("gemini").url).say("go")).message
+
+
+def test_failures_count_as_a_normal_end(servers, provider):
+    """LiteLLM says "stop" for Gemini's MALFORMED_FUNCTION_CALL, and others like it."""
+    end = Gemini({}).chunk([], finishReason="MALFORMED_FUNCTION_CALL")
+    provider.script["go"] = [[Body([Gemini({}).step(Text("The first ")), end])]]
+    assert "cut off" in error_of(Chat(servers("gemini").url).say("go")).message
+
+
+def test_openais_client_keeps_done_to_itself(servers, provider):
+    """A reply that ends with "[DONE]" is complete, also if no chunk gave a reason."""
+    provider.script["go"] = [[Body([OpenAI({}).step(Text("Done.")), b"data: [DONE]\n\n"])]]
+    events = Chat(servers("openai").url).say("go")
+    assert "error" not in [event.type for event in events]
+    assert [text_of(item) for item in done(events)] == ["Done."]
+
+
+def test_a_refusal_is_dropped(servers, provider):
+    """LiteLLM 1.106 drops OpenAI's refusals; chatkit shows none that newer releases pass on."""
+    refusal = OpenAI({}).chunk({"refusal": "I cannot do that."})
+    provider.script["go"] = [[Body([refusal, OpenAI({}).step(Finish())])]]
+    events = Chat(servers("openai").url).say("go")
+    assert [text_of(item) for item in done(events)] == ["I cannot do that."]
+
+
+def test_lines_end_at_other_characters(servers, provider):
+    """LiteLLM 1.106 reads lines from httpx, which ends them at U+2028, too."""
+    piece = Ollama({}).step(Text("a\u2028b")).replace(rb"\u2028", "\u2028".encode())
+    provider.script["go"] = [[Body([piece, Ollama({}).step(Finish())])]]
+    events = Chat(servers("ollama").url).say("go")
+    assert [text_of(item) for item in done(events)] == ["a\u2028b"]
+
+
+def test_done_in_a_text_ends_the_reply(servers, provider):
+    """LiteLLM 1.106 takes any line with "[DONE]" in it for the end."""
+    provider.script["go"] = [[Text("It ends with [DONE]. "), Text("Always.")]]
+    events = Chat(servers("deepseek").url).say("go")
+    assert [text_of(item) for item in done(events)] == ["It ends with [DONE]. Always."]
+
+
+def test_halves_of_a_character_cannot_be_encoded(chat, provider):
+    """Some providers split an emoji between two chunks, each with a surrogate."""
+    provider.script["go"] = [[Text("A\ud83d"), Text("\ude00 B")]]
+    events = chat.say("go")
+    assert [text_of(item) for item in done(events)] == ["A😀 B"]
+    assert text_of(chat.items()[-1]) == "A😀 B"
+
+
+def test_tool_calls_share_an_index(servers, provider):
+    """Some providers number all tool calls 0, and openai-agents makes one call of them."""
+    call = {"index": 0, "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    calls = [OpenAI({}).chunk({"tool_calls": [{**call, "id": id}]}) for id in ("one", "two")]
+    end = OpenAI({}).chunk({}, "tool_calls") + b"data: [DONE]\n\n"
+    provider.script["go"] = [[Body([*calls, end])], [Text("It is noon.")]]
+    events = Chat(servers("customised_openai").url).say("go")
+    assert [text_of(item) for item in done(events)] == ["It is noon."]
+
+
+def test_digits_count_as_a_status(servers, provider):
+    """LiteLLM 1.106 looks for 403 in the text of Gemini's error."""
+    error = {"error": {"code": 503, "message": "node 40301 is busy", "status": "UNAVAILABLE"}}
+    provider.script["go"] = [[Body([error], 503, "application/json")]]
+    assert "unavailable" in error_of(Chat(servers("gemini").url).say("go")).message
+
+
+def test_tokens_are_counted_with_a_tokenizer_from_the_internet(servers, provider):
+    """LiteLLM downloads one for a Llama model. The server stands still meanwhile."""
+    provider.script["go"] = [[Body([OpenAI({}).step(Text("Hi.")), b"data: [DONE]\n\n"])]]
+    server = servers("vllm")
+    chat = Chat(server.url)
+    assert [text_of(item) for item in done(chat.say("go"))] == ["Hi."]
+    log = server.wait_for(f"thread={chat.thread_id} ")
+    assert "OUTSIDE" not in log and "input_tokens=- output_tokens=-" in log
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai", "anthropic"])
+def test_the_first_chat_imports_hundreds_of_modules(tmp_path, provider, name):
+    """The imports that it needs are done while the server starts, in a thread."""
+    server = Server(tmp_path, {**provider.environment(), "PROVIDER": name}).started()
+    try:
+        time.sleep(3)
+        seconds = []
+        for _ in range(6):
+            chat = Chat(server.url)
+            started = cpu_seconds(server)
+            assert [text_of(item) for item in done(chat.say("hello"))] == ["You said: hello"]
+            seconds.append(cpu_seconds(server) - started)
+    finally:
+        server.stop()
+    first, *others = seconds
+    assert first <= 3 * sorted(others)[len(others) // 2], seconds
+
+
+def cpu_seconds(server: Server) -> float:
+    """What the server's threads have worked. Other than a clock, it is blind to other load."""
+    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 async def test_a_finalizer_sets_context_variables(main):
