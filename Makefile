@@ -56,11 +56,14 @@ bench-postgres: postgres  ## Measure it on PostgreSQL, with one worker and with 
 	$(VENV)/bin/python tests/bench.py --postgres
 
 lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
+	@# LiteLLM 1.106 needs mcp 2.2 for OpenAI's Responses API. On Python 3.14 that needs a newer starlette than FastAPI.
+	@echo "mcp>=2.2 ; python_version < '3.14'" > backend/.lock/mcp.txt
 	@# Where uv needs two versions of a package, the older one may serve all; if not, both stay, with their markers.
-	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) > backend/.lock/forked.txt
-	@sed 's/ ;.*//' backend/.lock/forked.txt | awk -F== '!seen[$$1]++' > backend/.lock/single.txt
-	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/single.txt > backend/.lock/one.txt \
-		&& sed 's/ ;.*//' backend/.lock/one.txt > backend/constraints.txt \
+	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/mcp.txt > backend/.lock/forked.txt
+	@sed '/^mcp==/d; s/ ;.*//' backend/.lock/forked.txt | awk -F== '!seen[$$1]++' > backend/.lock/single.txt
+	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/mcp.txt -c backend/.lock/single.txt \
+		> backend/.lock/one.txt \
+		&& sed '/^mcp==/!s/ ;.*//' backend/.lock/one.txt > backend/constraints.txt \
 		|| cp backend/.lock/forked.txt backend/constraints.txt
 	@$(MAKE) --no-print-directory check-lock
 

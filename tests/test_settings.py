@@ -188,7 +188,7 @@ def test_readme_example_and_code_name_the_same_settings():
 
 
 def requirement_lines(name: str) -> dict[str, str]:
-    lines = (ROOT / name).read_text().split()
+    lines = [line.partition(" ;")[0] for line in (ROOT / name).read_text().splitlines()]
     assert all("==" in line for line in lines), name
     return {
         line.split("==")[0].split("[")[0].lower().replace("_", "-"): line.split("==")[1]
