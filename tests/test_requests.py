@@ -61,11 +61,16 @@ DEEP = b'{"type": "threads.list", "params": {"after": ' + b"[" * 2_000
         (b"null", "should be an object"),
         (b"{}", "type"),
         (b'{"type": "threads.fly", "params": {}}', "threads.fly"),
+        (b'{"type": "' + b"x" * 1000 + b'", "params": {}}', "xxxxx"),
         (b'{"type": "threads.list"}', "params: Field required"),
         (b'{"type": "threads.create", "params": {}}', "input: Field required"),
         (b'{"type": "threads.create", "params": {"input": {"content": "hi"}}}', "valid array"),
         (b'{"type": "threads.list", "params": {"limit": "many"}}', "limit"),
         (b'{"type": "threads.list", "params": {"limit": -1}}', "limit must be at least 1"),
+        (
+            b'{"type": "items.list", "params": {"thread_id": "thr_x", "limit": -1}}',
+            "limit must be at least 1",
+        ),
         (b'{"type": "threads.list", "params": {"order": "random"}}', "order"),
         (
             json.dumps({"type": "threads.create", "params": {"input": message(" ")}}).encode(),
@@ -254,6 +259,10 @@ async def test_an_attachment_of_another_user(main):
             await server.process(request, bob)
     assert files.deleted == []
     assert await server.store.load_attachment("atc_1", alice) == attachment
+
+    # Without a text, too.
+    alone = {"input": message("", attachments=["atc_1"])}
+    assert await server.process(json.dumps({"type": "threads.create", "params": alone}), alice)
 
     await server.process(delete, alice)
     assert files.deleted == ["atc_1"]

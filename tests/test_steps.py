@@ -3,11 +3,22 @@
 It is so after a stop and after a fault, too.
 """
 
+from contextlib import nullcontext
+from datetime import datetime
+from types import SimpleNamespace
+
 import pytest
+from chatkit.types import (
+    Annotation,
+    AssistantMessageContent,
+    ThreadItemAddedEvent,
+    URLSource,
+)
 
 from client import Chat, done, error_of, items_shown, outline
 from provider import Cut, Failure, Silence, Text, Thought, ToolCall
 
+NOW = datetime(2026, 1, 1)
 TASKS = ["First, look. ", "plan it", "search it", "read it", "Then think. "]
 THOUGHT = [Thought("Then "), Thought("think. ")]
 # How a turn ends: the provider's second answer, the text at which the client leaves, and the number
@@ -83,3 +94,58 @@ def test_an_interrupted_widget_is_stored(custom_chat, customised, provider, end)
     if end == "bug":
         assert error_of(events).code == "stream.error"
         assert "ZeroDivisionError: a bug in a widget" in "\n".join(customised.log)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("end", ["stop", "fault"])
+async def test_what_the_stage_of_unfinished_items_completes(main, end):
+    """It completes what is shown and unfinished, and nothing that nobody has seen."""
+
+    def item(id: str):
+        return main.AssistantMessageItem(id=id, thread_id="thr_1", created_at=NOW, content=[])
+
+    async def events():
+        for id in ("done", "removed", "unfinished"):
+            yield ThreadItemAddedEvent(item=item(id))
+        yield main.ThreadItemDoneEvent(item=item("done"))
+        yield main.ThreadItemRemovedEvent(item_id="removed")
+        if end == "fault":
+            raise ZeroDivisionError
+        turn.stopped = True
+        yield ThreadItemAddedEvent(item=item("after the stop"))
+        yield main.ThreadItemDoneEvent(item=item("after the stop"))
+
+    turn = SimpleNamespace(stopped=False)
+    found = []
+    with pytest.raises(ZeroDivisionError) if end == "fault" else nullcontext():
+        async for event in main.with_unfinished_items(events(), turn):
+            found.append((event.type, getattr(event, "item_id", None) or event.item.id))
+    assert found[3:] == [
+        ("thread.item.done", "done"),
+        ("thread.item.removed", "removed"),
+        ("thread.item.done", "unfinished"),
+    ]
+
+
+def test_an_unfinished_message_is_what_the_client_shows(main):
+    """Text, annotations and all parts."""
+    source = URLSource(url="https://example.com", title="a page")
+    annotation = Annotation(source=source, index=3)
+    one, two, whole = (AssistantMessageContent(text=text) for text in ("", "", "one, two"))
+    shown = main.AssistantMessageItem(id="msg_1", thread_id="thr_1", created_at=NOW, content=[])
+    for update in (
+        main.AssistantMessageContentPartAdded(content_index=0, content=one),
+        main.AssistantMessageContentPartTextDelta(content_index=0, delta="one"),
+        main.AssistantMessageContentPartAnnotationAdded(
+            content_index=0, annotation_index=0, annotation=annotation
+        ),
+        main.AssistantMessageContentPartTextDelta(content_index=0, delta=", tw"),
+        main.AssistantMessageContentPartDone(content_index=0, content=whole),
+        main.AssistantMessageContentPartAdded(content_index=1, content=two),
+        main.AssistantMessageContentPartTextDelta(content_index=1, delta="thr"),
+    ):
+        main.extend_message(shown, update)
+    assert shown.content == [
+        AssistantMessageContent(text="one, two", annotations=[annotation]),
+        AssistantMessageContent(text="thr"),
+    ]

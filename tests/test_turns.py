@@ -71,6 +71,20 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
     assert LINE.fullmatch(line)[5] == "stopped"
 
 
+async def test_other_threads_go_on_when_one_is_deleted(server, provider):
+    silence = Silence()
+    provider.script["go"] = [[Text("one "), silence, Text("two")]]
+    chats = [Chat(server.url) for _ in range(2)]
+    readings = [Reading(chat.start("go")) for chat in chats]
+    for reading in readings:
+        await reading.until('"one "')
+    again(chats[0]).get("threads.delete", thread_id=chats[0].thread_id)
+    await readings[0].end()
+    silence.end.set()
+    assert [text_of(item) for item in done(await readings[1].end())] == ["one two"]
+    assert [text_of(item) for item in chats[1].items()] == ["go", "one two"]
+
+
 async def test_a_thread_is_deleted_between_two_turns_of_one_connection(main):
     """What an application does in the task of a turn goes on.
 
@@ -188,29 +202,41 @@ def test_stop_and_send_at_once(servers, provider, connection):
         assert texts[3:] == [f"and {number}"]
 
 
-async def test_a_message_that_arrives_before_the_stop(main, provider):
+@pytest.mark.parametrize("database", ["fast", "slow"])
+async def test_a_message_that_arrives_before_the_stop(main, provider, database):
     """Whoever stops a reply and sends the next message does both at the same moment.
 
-    The server may hear of the message first.
+    The server may hear of the message first. What was streamed may take its time to be stored.
     """
-    provider.script["go"] = [[Text("one "), Silence()]]
-    server = main.ChatKitServerImpl(main.MemoryStore())
-    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+
+    class Slow(main.MemoryStore):
+        async def add_thread_item(self, thread_id, item, context):
+            if item.type == "assistant_message" and database == "slow":
+                await free.wait()
+            await super().add_thread_item(thread_id, item, context)
 
     async def process(type: str, **params):
         request = {"type": type, "params": params}
         return (await server.process(json.dumps(request).encode(), {})).json_events
 
+    async def answer(thread_id: str) -> list[bytes]:
+        params = {"thread_id": thread_id, "input": message("and on")}
+        return [event async for event in await process("threads.add_user_message", **params)]
+
+    free = asyncio.Event()
+    provider.script["go"] = [[Text("one "), Silence()]]
+    server = main.ChatKitServerImpl(Slow())
+    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
     stream = await process("threads.create", input=message("go"))
     thread_id = json.loads((await anext(stream))[6:])["thread"]["id"]
     while b'"one "' not in await anext(stream):
         pass
-    next_turn = asyncio.create_task(
-        process("threads.add_user_message", thread_id=thread_id, input=message("and on"))
-    )
+    next_turn = asyncio.create_task(answer(thread_id))
     await asyncio.sleep(0)
     await stream.aclose()
-    assert [event async for event in await next_turn]
+    await asyncio.wait([next_turn], timeout=0.2 if database == "slow" else 0)
+    free.set()
+    assert await next_turn
     page = await server.store.load_thread_items(thread_id, None, 10, "asc", {})
     assert [item.type for item in page.data] == [
         "user_message",

@@ -207,7 +207,7 @@ async def load_thread_items(
     thread_id, after, limit, order, context, load=main.store.load_thread_items
 ):
     page = await load(thread_id, after, limit, order, context)
-    if limit == main.HISTORY_ITEMS and "no history" in str(page):
+    if (limit, order) == (main.HISTORY_ITEMS, "desc") and "no history" in str(page):
         raise OSError("the history was not read")
     return page
 
