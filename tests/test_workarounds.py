@@ -255,6 +255,8 @@ def test_tool_calls_share_an_index(servers, provider):
     provider.script["go"] = [[Body([*calls, end])], [Text("It is noon.")]]
     events = Chat(servers("customised_openai").url).say("go")
     assert [text_of(item) for item in done(events)] == ["It is noon."]
+    outputs = [text for role, text in provider.requests[-1].messages if '"noon"' in text]
+    assert len(outputs) == 2
 
 
 def test_digits_count_as_a_status(servers, provider):
