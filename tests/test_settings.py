@@ -25,6 +25,7 @@ UNUSABLE = [
         "CHATKIT_TOKENS is not of the form user:token,user:token, each token once.",
     ),
     ({"CHATKIT_TOKENS": "alice:a,bob:a"}, "CHATKIT_TOKENS"),
+    ({"CHATKIT_TOKENS": "alice:a:b"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,:b"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": "alice:a,bob:"}, "CHATKIT_TOKENS"),
     ({"CHATKIT_TOKENS": " , "}, "CHATKIT_TOKENS"),
@@ -157,6 +158,23 @@ def test_a_model_with_or_without_its_prefix(main, model):
 
 def test_a_provider_with_slashes_in_its_models(main):
     assert main.litellm_name("openrouter", "anthropic/claude-x") == "openrouter/anthropic/claude-x"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("gpt-4o-mini", "openai/gpt-4o-mini"),
+        ("openai/gpt-4o-mini", "openai/gpt-4o-mini"),
+        ("anthropic/claude-sonnet-4-6", "anthropic/claude-sonnet-4-6"),
+        ("meta-llama/llama-x", "openai/meta-llama/llama-x"),  # no provider of that name
+    ],
+)
+def test_the_model_of_an_agent(main, name, found):
+    """An agent names it with or without its provider; the model is made once."""
+    models = main.ProviderModels(main.model)
+    assert models.get_model(name).model == found
+    assert models.get_model(name) is models.get_model(name)
+    assert models.get_model(None) is main.model
 
 
 def test_the_default_models_are_alive(main):
