@@ -1461,10 +1461,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             settings = settings.resolve(ModelSettings(tool_choice=tool.id))
             config = replace(config, model_settings=settings)
         if input is None and MODELS:
-            page = await self.store.load_thread_items(
-                thread.id, None, HISTORY_ITEMS, "desc", context
-            )
-            input = next((item for item in page.data if item.type == "user_message"), None)
+            items = await self.newest_items(thread.id, context)
+            input = next((item for item in items if item.type == "user_message"), None)
         if input and (name := input.inference_options.model):
             config = replace(config, model=OFFERED_MODELS.get(name, model))
         return config
@@ -1483,11 +1481,15 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         It starts with a user message: some providers refuse a conversation that starts with the
         assistant's.
         """
-        page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
-        items = page.data[::-1]
+        items = (await self.newest_items(thread.id, context))[::-1]
         while items and items[0].type != "user_message":
             items = items[1:]
         return await self.converter.to_agent_input(items)
+
+    async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
+        """Return as many items as the model sees, newest first."""
+        page = await self.store.load_thread_items(thread_id, None, HISTORY_ITEMS, "desc", context)
+        return page.data
 
     def _update_pending_items(self, *_: Any) -> None:
         """Keep no copies of the items that are streamed: chatkit stores them if it is cancelled.
@@ -1523,6 +1525,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             return NonStreamingResult(await self._process_non_streaming(parsed, context))
         if thread_id:
             await self.wait_for_stopped_turns(thread_id)
+            if parsed.type == "threads.add_client_tool_output":
+                await self.put_tool_call_last(thread_id, context)
         turn = Turn(self.turns, thread_id)
         return StreamingResult(turn.read(self._process_streaming(parsed, context)))
 
@@ -1550,6 +1554,21 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             if turn := Turn.current.get(None):
                 turn.logged_message = message
             yield ErrorEvent(message=message)
+
+    async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
+        """Move the client tool call that is answered to the end of the thread.
+
+        chatkit looks at the newest item alone, but a note or the reply of another turn may have
+        followed the call (chatkit-python pull request 123).
+        """
+        items = await self.newest_items(thread_id, context)
+        call = pending_tool_call(items)
+        if call and call is not items[0]:
+            thread = await self.store.load_thread(thread_id, context)
+            id = self.store.generate_item_id("tool_call", thread, context)
+            moved = call.model_copy(update={"id": id})
+            await self.store.add_thread_item(thread_id, moved, context)
+            await self.store.delete_thread_item(thread_id, call.id, context)
 
     async def stop_turns(self, thread_id: str) -> None:
         """Stop the thread's turns in this process, and wait until they have ended.
@@ -1678,11 +1697,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
     async def check_pending_tool_call(self, thread_id: str, context: Context) -> None:
         await self.store.load_thread(thread_id, context)
-        page = await self.store.load_thread_items(thread_id, None, 1, "desc", context)
-        for item in page.data:
-            if item.type == "client_tool_call" and item.status == "pending":
-                return
-        raise HTTPException(400, "No client tool call is pending in this thread.")
+        if pending_tool_call(await self.newest_items(thread_id, context)) is None:
+            raise HTTPException(400, "No client tool call is pending in this thread.")
 
     def check_method(self, name: str, kind: str) -> None:
         """Refuse a request whose method you have not written: chatkit's own raises an error."""
@@ -1708,6 +1724,14 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         place = ".".join(str(name) for name in first["loc"])
         reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise HTTPException(400, reason[:300]) from None
+
+
+def pending_tool_call(newest_items: list[ThreadItem]) -> ClientToolCallItem | None:
+    """Return the newest client tool call that waits for its answer."""
+    for item in newest_items:
+        if item.type == "client_tool_call" and item.status == "pending":
+            return item
+    return None
 
 
 def check_open(thread: ThreadMetadata) -> None:

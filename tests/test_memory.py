@@ -5,18 +5,13 @@ import json
 import pytest
 
 from client import Chat, done, message, text_of
-from provider import Text, ToolCall
+from provider import Silence, Text, ToolCall
+from test_turns import Reading, again
 
 
 def told(provider) -> list[tuple[str, str]]:
     """The newest request as (role, text) of each part."""
     return provider.requests[-1].messages
-
-
-def answer(chat: Chat, result) -> list:
-    """The events that follow a client's answer to its tool call."""
-    params = {"thread_id": chat.thread_id, "result": result}
-    return list(chat.stream("threads.add_client_tool_output", **params))
 
 
 # ---- Quotes and tags ------------------------------------------------------------
@@ -27,7 +22,7 @@ def test_a_quote_stays_while_its_turn_goes_on(custom_chat, provider):
     quote = ("user", "The user is referring to this in particular:\nthe quoted part")
     provider.script[quote[1]] = [[ToolCall("pick_colour", {"hint": "warm"})], [Text("Fine.")]]
     custom_chat.say("a colour", quoted_text="the quoted part")
-    answer(custom_chat, "red")
+    custom_chat.answer("red")
     assert told(provider)[:2] == [("user", "a colour"), quote]
     assert len(told(provider)) == 4
 
@@ -123,3 +118,35 @@ def test_an_item_that_cannot_be_told(custom_chat, customised, provider):
     assert custom_chat.thread_id in lines[0] and "NotImplementedError" in lines[0]
     assert "secret words" not in "\n".join(customised.log[start:])
     assert "Traceback" not in "\n".join(customised.log[start:])
+
+
+# ---- Client tools ---------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_another_turn_replies_before_the_client_answers(custom_chat, provider):
+    """The answer is found, and the model reads it after that reply."""
+    custom_chat.say("hello")
+    first, second = Silence(), Silence()
+    provider.script["a colour"] = [[first, ToolCall("pick_colour", {"hint": "warm"})]]
+    provider.script["the time"] = [[Text("It is "), second, Text("noon.")], [Text("And red.")]]
+    provider.asked.clear()
+    asking = Reading(again(custom_chat).start("a colour"))
+    assert provider.asked.wait(5)
+    replying = Reading(again(custom_chat).start("the time"))
+    await replying.until('"It is "')
+    first.end.set()
+    assert len(done(await asking.end(), "client_tool_call")) == 1
+    second.end.set()
+    await replying.end()
+
+    assert [text_of(item) for item in done(custom_chat.answer({"farbe": "grün"}))] == ["And red."]
+    *texts, call, output = told(provider)
+    assert texts[2:] == [("user", "a colour"), ("user", "the time"), ("assistant", "It is noon.")]
+    assert (call[0], output[0]) == ("tool", "tool")
+    assert "warm" in call[1] and "gr\\u00fcn" in output[1]  # escaped once, by the tests' own JSON
+    assert [item["type"] for item in custom_chat.items()[-3:]] == [
+        "assistant_message",
+        "client_tool_call",
+        "assistant_message",
+    ]

@@ -39,6 +39,9 @@ from provider import (
 )
 
 pytestmark = pytest.mark.anyio
+HIDDEN = (
+    "Hidden context for the agent (not shown to the user):\n<HiddenContext>\n%s\n</HiddenContext>"
+)
 
 # ---- Ids and messages -----------------------------------------------------------
 
@@ -102,11 +105,29 @@ def test_json_in_a_hidden_item_is_not_implemented(custom_chat, provider):
     for content in ({"ort": "Köln", "n": [1, None]}, 5):
         custom_chat.http.post(f"/hidden/{custom_chat.thread_id}", json=content)
     custom_chat.say("and on")
-    hidden = "Hidden context for the agent (not shown to the user):\n<HiddenContext>\n"
     assert provider.requests[-1].messages[2:4] == [
-        ("user", hidden + '{"ort": "Köln", "n": [1, null]}\n</HiddenContext>'),
-        ("user", hidden + "5\n</HiddenContext>"),
+        ("user", HIDDEN % '{"ort": "Köln", "n": [1, null]}'),
+        ("user", HIDDEN % "5"),
     ]
+
+
+def test_a_clients_answer_is_looked_for_in_one_item(custom_chat, provider):
+    """chatkit looks for the call in the newest item alone, and raises a ValueError."""
+    provider.script["a colour"] = [[ToolCall("pick_colour", {"hint": "warm"})]]
+    custom_chat.say("a colour")
+    custom_chat.http.post(f"/hidden/{custom_chat.thread_id}", json="a note")
+    provider.script[HIDDEN % "a note"] = [[Text("Red it is.")]]
+    events = custom_chat.answer("red")
+    assert [text_of(item) for item in done(events)] == ["Red it is."]
+    assert provider.requests[-1].messages[1] == ("user", HIDDEN % "a note")
+    call, output = [text for role, text in provider.requests[-1].messages[2:] if role == "tool"]
+    assert "warm" in call and "red" in output
+    again = custom_chat.post(
+        "threads.add_client_tool_output", thread_id=custom_chat.thread_id, result="blue"
+    )
+    assert again.status_code == 400
+    kinds = ["user_message", "client_tool_call", "assistant_message"]
+    assert [item["type"] for item in custom_chat.items()] == kinds
 
 
 # ---- Replies --------------------------------------------------------------------

@@ -250,6 +250,11 @@ class Chat:
     def say(self, text: str, **more) -> list:
         return list(self.start(text, **more))
 
+    def answer(self, result) -> list:
+        """The events that follow the client's answer to its tool call."""
+        params = {"thread_id": self.thread_id, "result": result}
+        return list(self.stream("threads.add_client_tool_output", **params))
+
     def items(self) -> list[dict]:
         """All stored items, oldest first, hidden ones left out."""
         found, after = [], None
