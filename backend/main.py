@@ -35,6 +35,7 @@ The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it i
          Store                     MemoryStore: threads, items and attachments
          Model                     ProviderModel: LiteLLM with time limits and readable faults
          Server                    Turn: the task of one reply
+                                   ToolMemory: what tools were asked and answered
                                    ChatKitServerImpl: checks a request, then answers it
                                    with_...: the stages that a turn's events pass through
          Routes                    the FastAPI app
@@ -42,6 +43,7 @@ The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it i
 
 To change the instructions: INSTRUCTIONS. The agent and its tools: ChatKitServerImpl.__init__.
 Who is asking: request_context. What the model is told: ChatKitServerImpl.history and Converter.
+What later turns are told of tools: ToolMemory and ChatKitServerImpl.forgotten_tools.
 The database: `store = `. The texts of faults: FAULTS. The page: PAGE.
 
 Some functions work around faults of the libraries. The README lists each of them, with the test
@@ -211,23 +213,31 @@ AsyncHTTPHandler.post = post  # type: ignore[method-assign]
 import anyio
 from agents import (
     Agent,
+    FunctionTool,
     InputGuardrailTripwireTriggered,
+    ItemHelpers,
     MaxTurnsExceeded,
     ModelBehaviorError,
     ModelProvider,
     ModelRefusalError,
+    ModelResponse,
     ModelSettings,
     OutputGuardrailTripwireTriggered,
     RunConfig,
+    RunContextWrapper,
+    RunHooks,
     Runner,
     RunResultStreaming,
+    Tool,
     TResponseInputItem,
 )
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.items import TResponseStreamEvent
 from agents.models import get_default_model_settings
+from agents.tool_context import ToolContext
 from chatkit.agents import (
     AgentContext,
+    ClientToolCall,
     ThreadItemConverter,
     stream_agent_response,
 )
@@ -290,6 +300,7 @@ from starlette.types import Send
 INSTRUCTIONS = "You are a helpful assistant."
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
+TOOL_OUTPUT_LENGTH = 4_000  # characters of a tool's output that later turns are told
 TITLE_LENGTH = 60  # a thread is named after so many characters of its first message
 # What one request may ask for. Each is checked before it costs anything.
 MAX_BODY_BYTES = 1024 * 1024
@@ -1119,6 +1130,7 @@ class Turn:
         self.heartbeat: asyncio.TimerHandle | None = None
         self.run: RunResultStreaming | None = None
         self.agent_context: AgentContext[Context] | None = None
+        self.memory: ToolMemory | None = None
         self.model = model  # the one that ran last
         self.end = "done"  # for the log: done, stopped or fault
         self.logged_message: str | None = None  # of the fault that the model has logged
@@ -1207,10 +1219,13 @@ class Turn:
         loop = asyncio.get_running_loop()
         self.heartbeat = loop.call_later(SILENCE_SECONDS - silence, self.send_heartbeats)
 
-    def follow(self, run: RunResultStreaming, agent_context: AgentContext[Context]) -> None:
-        """Remember the run, which a stop cancels. The stop may have come before the run."""
+    def follow(
+        self, run: RunResultStreaming, agent_context: AgentContext[Context], memory: ToolMemory
+    ) -> None:
+        """Keep the run, which a stop cancels. The stop may have come before the run."""
         self.run = run
         self.agent_context = agent_context
+        self.memory = memory
         if self.stopped:
             run.cancel()
 
@@ -1239,6 +1254,126 @@ class Turn:
             (usage and usage.input_tokens) or "-",
             (usage and usage.output_tokens) or "-",
         )
+
+
+REMEMBERED_CALL = "remembered_tool_call"  # marks our hidden items among an application's own
+
+
+class ToolMemory(RunHooks[Any]):
+    """Follows the run of a turn and keeps its tool calls for the turns to come.
+
+    `with_tool_memory` stores them. To follow the run yourself, subclass this and set
+    `server.hooks`.
+    """
+
+    def __init__(self, forgotten_tools: set[str]) -> None:
+        self.forgotten_tools = forgotten_tools
+        self.texts = 0  # messages that the model has completed
+        self.texts_before: dict[str, int] = {}  # each call, by its item's id
+        self.waiting: dict[str, HiddenContextItem] = {}  # calls that are not stored yet, by id
+        self.client_tool_call: ClientToolCall | None = None
+
+    async def on_llm_end(
+        self,
+        context: RunContextWrapper[AgentContext[Context]],
+        agent: Agent[AgentContext[Context]],
+        response: ModelResponse,
+    ) -> None:
+        self.texts += [output.type for output in response.output].count("message")
+
+    async def on_tool_end(
+        self,
+        context: RunContextWrapper[AgentContext[Context]],
+        agent: Agent[AgentContext[Context]],
+        tool: Tool,
+        result: object,
+    ) -> None:
+        if not isinstance(context, ToolContext) or not isinstance(tool, FunctionTool):
+            return  # a tool of OpenAI's Responses API
+        if tool.name in self.forgotten_tools or self.asks_client(context.context, agent, tool):
+            return
+        thread = context.context.thread
+        item = HiddenContextItem(
+            id=context.context.generate_id("sdk_hidden_context"),
+            thread_id=thread.id,
+            created_at=datetime.now(),
+            content=remembered_call(context, result),
+        )
+        self.texts_before[item.id] = self.texts
+        self.waiting[item.id] = item
+        await context.context.stream(ThreadItemDoneEvent(item=item))
+
+    def asks_client(
+        self, context: AgentContext[Context], agent: Agent[Any], tool: FunctionTool
+    ) -> bool:
+        """Return whether chatkit stores this call itself, as one that the client answers.
+
+        A tool sets it on the context that parallel tools share: its name tells whose it is, and
+        otherwise it is that of the first tool to end.
+        """
+        call = context.client_tool_call
+        if call is None or call.name == tool.name:
+            return call is not None
+        if call is self.client_tool_call or call.name in [other.name for other in agent.tools]:
+            return False
+        self.client_tool_call = call
+        return True
+
+
+def remembered_call(context: ToolContext[Any], result: object) -> dict[str, Any]:
+    """Return a hidden item's content: the call and its output, as the model is told of them.
+
+    One item holds both: providers refuse a call without its output.
+    """
+    call = context.tool_call
+    assert call
+    output = ItemHelpers.tool_call_output_item(call, result)["output"]  # as it was told in its turn
+    if not isinstance(output, str):
+        output = "\n".join(as_text(part) for part in output)
+    told = call_and_output(
+        # Not the provider's id, which may be long, or the same in each turn. Mistral demands nine
+        # letters or digits.
+        call_id=secrets.token_hex(5)[:9],
+        name=context.tool_name,
+        arguments=as_arguments(context.tool_arguments),
+        output=shortened(output),
+        provider_data=call.model_dump(mode="json").get("provider_data"),
+    )
+    return {"type": REMEMBERED_CALL, "input": told}
+
+
+def as_text(part: Any) -> str:
+    """Return a part of a tool's output as text: images and files are not kept."""
+    if part["type"] == "input_text":
+        text: str = part["text"]
+        return text
+    kind = part["type"].removeprefix("input_")
+    name = part.get("filename") or part.get("file_id") or "without a name"
+    return f"[The tool also returned this {kind}, which was not kept: {name}]"
+
+
+def as_arguments(text: str) -> str:
+    """Return a tool's arguments as a JSON object of limited length, whatever the model wrote.
+
+    LiteLLM parses them again in every later turn.
+    """
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError:
+        is_object = False
+    if is_object and len(text) <= TOOL_OUTPUT_LENGTH:
+        return shortened(text)
+    return as_json({"arguments": shortened(text)}) if text else "{}"
+
+
+def shortened(text: str) -> str:
+    """Return the text with its middle cut out if it is longer than TOOL_OUTPUT_LENGTH."""
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair cannot be stored
+    cut = len(text) - TOOL_OUTPUT_LENGTH
+    if cut <= 0:
+        return text
+    half = TOOL_OUTPUT_LENGTH // 2
+    return f"{text[:half]}\n[{cut} characters were cut out here]\n{text[-half:]}"
 
 
 class Converter(ThreadItemConverter):
@@ -1326,8 +1461,12 @@ class Converter(ThreadItemConverter):
     async def hidden_context_to_input(
         self, item: HiddenContextItem
     ) -> TResponseInputItem | list[TResponseInputItem] | None:
-        if not isinstance(item.content, str):
-            item = item.model_copy(update={"content": as_json(item.content)})
+        content = item.content
+        if isinstance(content, dict) and content.get("type") == REMEMBERED_CALL:
+            told: list[TResponseInputItem] = content["input"]
+            return told
+        if not isinstance(content, str):
+            item = item.model_copy(update={"content": as_json(content)})
         return await super().hidden_context_to_input(item)
 
     async def client_tool_call_to_input(
@@ -1349,15 +1488,22 @@ def user_message(*texts: str) -> Message:
 
 
 def call_and_output(
-    call_id: str, name: str, arguments: str, output: str
+    call_id: str,
+    name: str,
+    arguments: str,
+    output: str,
+    provider_data: dict[str, Any] | None = None,
 ) -> list[TResponseInputItem]:
-    """Return a tool call and its output for the model."""
-    return [
-        ResponseFunctionToolCallParam(
-            type="function_call", call_id=call_id, name=name, arguments=arguments
-        ),
-        FunctionCallOutput(type="function_call_output", call_id=call_id, output=output),
-    ]
+    """Return a tool call and its output for the model.
+
+    `provider_data` is LiteLLM's, for example Gemini's thought signature.
+    """
+    call = ResponseFunctionToolCallParam(
+        type="function_call", call_id=call_id, name=name, arguments=arguments
+    )
+    if provider_data:
+        call["provider_data"] = provider_data  # type: ignore[typeddict-unknown-key]
+    return [call, FunctionCallOutput(type="function_call_output", call_id=call_id, output=output)]
 
 
 def as_json(value: Any) -> str:
@@ -1378,6 +1524,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         )
         self.run_config = RunConfig(model_provider=models)
         self.converter = Converter()
+        self.hooks: type[ToolMemory] = ToolMemory
+        self.forgotten_tools: set[str] = set()  # names of tools whose calls must not be kept
         self.turns: set[Turn] = set()  # the turns that run in this process
         self.warming_up: asyncio.Task[None] | None = None
 
@@ -1398,19 +1546,22 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             yield self.event_that_saves(thread, context)
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
+        memory = self.hooks(self.forgotten_tools)
         result = Runner.run_streamed(
             await self.agent_for(thread, input, context),
             await self.history(thread, context),
             context=agent_context,
+            hooks=memory,
             run_config=await self.run_config_for(thread, input, context),
         )
-        turn.follow(result, agent_context)
+        turn.follow(result, agent_context, memory)
 
         # Each stage is a function further down, with one idea; it works without the others.
         events = stream_agent_response(agent_context, result)
         events = with_unique_ids(events, turn)
         events = with_reply(events, turn)
         events = with_unfinished_items(events, turn)
+        events = with_tool_memory(events, turn)
         try:
             async for event in events:
                 yield event
@@ -1901,6 +2052,43 @@ async def with_unfinished_items(events: Events, turn: Turn) -> Events:
     if turn.stopped:
         for item in unfinished.values():
             yield ThreadItemDoneEvent(item=item)
+
+
+async def with_tool_memory(events: Events, turn: Turn) -> Events:
+    """Store the tool calls in their places between the texts, also when a fault or a stop follows.
+
+    chatkit reads the AgentContext's events beside those of the run: a call may overtake the text
+    before it, and a fault or a stop drops the calls that were not read yet.
+    """
+    memory, context = turn.memory, turn.agent_context
+    assert memory and context
+    texts = 0
+    held: list[HiddenContextItem] = []  # until the texts before them have come
+    try:
+        async for event in events:
+            match event:
+                case ThreadItemDoneEvent(item=HiddenContextItem() as item) if (
+                    item.id in memory.waiting
+                ):
+                    held.append(item)
+                case ThreadItemRemovedEvent() if event.item_id in memory.texts_before:
+                    # A guardrail takes the turn back. The client never heard of the call.
+                    await context.store.delete_thread_item(
+                        context.thread.id, event.item_id, context.request_context
+                    )
+                case _:
+                    yield event
+            if event.type == "thread.item.done" and event.item.type == "assistant_message":
+                texts += 1
+            while held and memory.texts_before[held[0].id] <= texts:
+                yield ThreadItemDoneEvent(item=memory.waiting.pop(held.pop(0).id))
+    except Exception as error:
+        if not isinstance(error, tuple(GUARDRAILS)):
+            for item in list(memory.waiting.values()):
+                yield ThreadItemDoneEvent(item=item)
+        raise
+    for item in list(memory.waiting.values()):
+        yield ThreadItemDoneEvent(item=item)
 
 
 def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> None:

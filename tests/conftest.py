@@ -111,6 +111,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         for name in PROVIDERS
     },
     **{name: {"PROVIDER": name} for name in PROVIDERS},
+    **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
         "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
@@ -169,10 +170,12 @@ CHANGES = {
     "stopped_busy": SOON,
     "stopped_streaming": {**SOON, **ON_SQLITE},
     "served_streaming": {**SOON, **ON_SQLITE},
+    **{f"durable_{name}": ON_SQLITE for name in PROVIDERS},
 }
 # What runs in main.py's place, by the first word of the server's name.
 PROGRAMS = {
     "customised": SUPPORT / "customised.py",
+    "durable": SUPPORT / "customised.py",
     "users": SUPPORT / "customised.py",
     "additions": SUPPORT / "additions.py",
     "sqlite": EXAMPLES / "sqlite_store.py",

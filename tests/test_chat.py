@@ -141,6 +141,7 @@ def test_widgets_tasks_and_hidden_notes_keep_their_ids_and_reach_the_model(custo
             "TaskItem",
             "HiddenContextItem",
             "WorkflowItem",
+            "HiddenContextItem",  # the tool's call and output
             "AssistantMessageItem",
         ]
     ]

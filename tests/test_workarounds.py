@@ -7,6 +7,7 @@ well. To learn whether a workaround is still needed, delete it and run this file
 
 import asyncio
 import gc
+import json
 import re
 import signal
 import sys
@@ -18,7 +19,16 @@ from pathlib import Path
 import httpx
 import litellm
 import pytest
-from agents import Agent, ModelSettings, ModelTracing, RunConfig, Runner
+from agents import (
+    Agent,
+    GuardrailFunctionOutput,
+    ModelSettings,
+    ModelTracing,
+    RunConfig,
+    Runner,
+    function_tool,
+    output_guardrail,
+)
 from chatkit.server import StreamingResult
 
 from client import NO_TLS, Chat, Server, deltas, done, error_of, load_main, message, text_of
@@ -153,6 +163,53 @@ def test_an_interrupted_reply_is_not_stored(chat, provider):
         if '"half"' in event.model_dump_json():
             silence.end.set()
     assert [text_of(item) for item in chat.items()] == ["go", "The first half"]
+
+
+LOOK = [Text("Let me look. "), ToolCall("look")]
+RUNS = {  # the model's replies, and the kinds of items that are stored after the question
+    "done": (
+        [LOOK, [Text("It is noon.")]],
+        ["assistant_message", "hidden_context_item", "assistant_message"],
+    ),
+    "fault": ([[*LOOK, ToolCall("fail")]], ["hidden_context_item"]),
+    "guardrail": ([LOOK, [Text("It is forbidden.")]], []),
+}
+
+
+@pytest.mark.parametrize("end", RUNS)
+async def test_a_tool_overtakes_the_text_before_it(main, provider, end):
+    """chatkit reads what a tool sends beside the events of the run, and drops it after a fault."""
+
+    class Slow(main.MemoryStore):
+        async def load_thread_items(self, thread_id, after, limit, order, context):
+            if limit == 2:  # chatkit's look at the newest items, before it reads the run's events
+                await asyncio.wait([main.Turn.current.get().run.run_loop_task])
+            return await super().load_thread_items(thread_id, after, limit, order, context)
+
+    @function_tool
+    async def look() -> str:
+        return "looked"
+
+    @function_tool(failure_error_function=None)
+    async def fail() -> str:
+        raise ZeroDivisionError("a bug in a tool")
+
+    @output_guardrail
+    async def nothing_forbidden(ctx, agent, output) -> GuardrailFunctionOutput:
+        return GuardrailFunctionOutput(None, tripwire_triggered="forbidden" in output)
+
+    replies, kinds = RUNS[end]
+    provider.script["go"] = list(replies)
+    server = main.ChatKitServerImpl(Slow())
+    server.agent.tools += [look, fail]
+    server.agent.output_guardrails.append(nothing_forbidden)
+    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+    request = {"type": "threads.create", "params": {"input": message("go")}}
+    events = [event async for event in await server.process(json.dumps(request).encode(), {})]
+    assert (b'"type":"error"' in b"".join(events)) == (end != "done")
+    (thread,) = (await server.store.load_threads(1, None, "asc", {})).data
+    items = await server.store.load_thread_items(thread.id, None, 9, "asc", {})
+    assert [item.type for item in items.data] == ["user_message", *kinds]
 
 
 def tasks_of(chat, events) -> list[tuple[int, str]]:

@@ -12,12 +12,17 @@ from datetime import datetime
 
 import uvicorn
 from agents import (
+    Agent,
     GuardrailFunctionOutput,
     RunContextWrapper,
     StopAtTools,
+    ToolOutputFileContent,
+    ToolOutputImage,
+    ToolOutputText,
     function_tool,
     output_guardrail,
 )
+from agents.mcp import MCPServer
 from chatkit.agents import AgentContext, ClientToolCall
 from chatkit.errors import CustomStreamError
 from chatkit.types import (
@@ -34,6 +39,8 @@ from chatkit.types import (
 )
 from chatkit.widgets import Card, Text
 from fastapi import Request
+from mcp.types import CallToolResult, TextContent
+from mcp.types import Tool as MCPTool
 
 import main
 
@@ -50,6 +57,13 @@ async def clock() -> str:
 async def pick_colour(ctx: Context, hint: str) -> str:
     """Ask the browser for a colour."""
     ctx.context.client_tool_call = ClientToolCall(name="pick_colour", arguments={"hint": hint})
+    return "asked"
+
+
+@function_tool
+async def ask_page(ctx: Context) -> str:
+    """Ask the browser under another name than the tool's."""
+    ctx.context.client_tool_call = ClientToolCall(name="choose", arguments={"hint": "warm"})
     return "asked"
 
 
@@ -136,9 +150,93 @@ async def slow() -> str:
     return "finally"
 
 
+@function_tool
+async def stock(city: str) -> str:
+    """List what a shop has."""
+    return f"{city}: A=4711, B=4712"
+
+
+@function_tool
+async def divide(number: int) -> str:
+    """Divide by a number, which fails for zero."""
+    return f"{1 / number}"
+
+
+@function_tool
+async def report(length: int) -> str:
+    """Write a long report."""
+    return "the start " + "x" * length + " the end"
+
+
+@function_tool
+async def pictures() -> list:
+    """Return a text, an image and a file."""
+    return [
+        ToolOutputText(text="two things"),
+        ToolOutputImage(image_url="data:image/png;base64,iVBORw0KGgo="),
+        ToolOutputFileContent(file_data="JVBERi0xLjQ=", filename="plan.pdf"),
+    ]
+
+
+@function_tool
+async def half_a_pair() -> str:
+    """Return half of a surrogate pair."""
+    return "half \ud83d"
+
+
+@function_tool
+async def password() -> str:
+    """Tell the password, which must not be kept."""
+    return "open sesame"
+
+
+class Almanac(MCPServer):
+    """An MCP server with one tool."""
+
+    name = "almanac"
+
+    async def connect(self):
+        pass
+
+    async def cleanup(self):
+        pass
+
+    async def list_prompts(self):
+        raise NotImplementedError
+
+    async def get_prompt(self, name, arguments=None):
+        raise NotImplementedError
+
+    async def list_tools(self, run_context=None, agent=None):
+        schema = {"type": "object", "properties": {"day": {"type": "string"}}}
+        return [MCPTool(name="sunrise", description="Tell the sunrise.", inputSchema=schema)]
+
+    async def call_tool(self, tool_name, arguments, meta=None):
+        text = TextContent(type="text", text=f"{arguments['day']}: 06:12")
+        return CallToolResult(content=[text])
+
+
+second = Agent("Second", instructions="You are the second agent.")
+
+
+async def on_stream(event) -> None:
+    """Have the second agent stream: the tests' provider does nothing else."""
+
+
 @output_guardrail
 async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
+
+
+class Hooks(main.ToolMemory):
+    """Hooks of the application."""
+
+    async def on_tool_start(self, context, agent, tool):
+        if tool.name == "stock":
+            print("stock starts", flush=True)
+
+
+main.server.hooks = Hooks
 
 
 def hidden(thread_id: str, content, context) -> HiddenContextItem:
@@ -161,6 +259,7 @@ main.server.converter.hidden_context_to_input = hidden_context_to_input
 main.server.agent.tools = [
     clock,
     pick_colour,
+    ask_page,
     show_card,
     three_steps,
     replace_card,
@@ -168,8 +267,18 @@ main.server.agent.tools = [
     broken,
     broken_database,
     slow,
+    stock,
+    divide,
+    report,
+    pictures,
+    half_a_pair,
+    password,
+    second.as_tool("ask_second", "Ask the second agent.", on_stream=on_stream),
 ]
-main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour"])
+main.server.agent.mcp_servers.append(Almanac())
+main.server.agent.handoffs.append(second)
+main.server.forgotten_tools.add("password")
+main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "ask_page"])
 main.server.agent.output_guardrails.append(no_secrets)
 
 

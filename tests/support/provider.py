@@ -50,6 +50,7 @@ class Thought:
 class ToolCall:
     name: str
     arguments: dict = field(default_factory=dict)
+    id: str = ""  # some providers give the same in each turn
 
 
 @dataclass
@@ -353,7 +354,8 @@ class OpenAI:
                 return self.chunk({"reasoning_content": text})
             case ToolCall(name, arguments):
                 self.calls += 1
-                head = {"index": self.calls - 1, "id": f"call_{time.time_ns()}", "type": "function"}
+                id = step.id or f"call_{time.time_ns()}"
+                head = {"index": self.calls - 1, "id": id, "type": "function"}
                 text = json.dumps(arguments)
                 half = len(text) // 2
                 return (
@@ -525,9 +527,8 @@ class Anthropic:
                 return opened + self.delta({"type": "thinking_delta", "thinking": text})
             case ToolCall(name, arguments):
                 self.calls += 1
-                opened = self.open(
-                    "tool_use", {"id": f"toolu_{time.time_ns()}", "name": name, "input": {}}
-                )
+                id = step.id or f"toolu_{time.time_ns()}"
+                opened = self.open("tool_use", {"id": id, "name": name, "input": {}})
                 return opened + self.delta(
                     {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
                 )
