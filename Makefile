@@ -10,7 +10,7 @@ VENV := backend/.venv
 LATEST := backend/.venv-latest
 REQUIREMENTS := backend/requirements.txt tests/requirements.txt
 LINT := tests/requirements-lint.txt tests/requirements-postgres.txt
-ON_POSTGRES := store chat faults leaving users requests memory postgres
+ON_POSTGRES := store chat faults leaving users requests memory postgres outages
 UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 

@@ -22,7 +22,7 @@ Routes   GET  /chatkit             a page with the chat
          GET  /debug/threads       {thread id: {"items": [{"id", "type", "content"?}], "count"}}
 
 Settings PROVIDER, MODEL, MODELS, MODEL_TIMEOUT, GEMINI_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY,
-         HOST, PORT, ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env;
+         HOST, PORT, WORKERS, ALLOWED_ORIGINS, CHATKIT_TOKENS: in the environment or in .env;
          see .env.example
 
 Limits   threads are kept in memory, by one process; the model sees the newest HISTORY_ITEMS
@@ -39,7 +39,7 @@ The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it i
                                    ChatKitServerImpl: checks a request, then answers it
                                    with_...: the stages that a turn's events pass through
          Routes                    the FastAPI app
-         Start                     uvicorn
+         Start                     serve: uvicorn, with one process or several
 
 To change the instructions: INSTRUCTIONS. The agent and its tools: ChatKitServerImpl.__init__.
 Who is asking: request_context. What the model is told: ChatKitServerImpl.history and Converter.
@@ -63,6 +63,7 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -93,6 +94,10 @@ load_dotenv(ENV_FILE or ENV_FILES[0])
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 # openai-agents would upload traces of every chat to OpenAI.
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
+# LiteLLM would let a process have 500 connections to a provider, and 1,000 in all: the 501st chat
+# would wait until another one has ended.
+os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "10000")
+os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "10000")
 
 
 def remove_blank_keys() -> None:
@@ -291,7 +296,7 @@ from openai.types.responses import (
     ResponseReasoningSummaryTextDoneEvent,
 )
 from openai.types.responses.response_input_item_param import FunctionCallOutput, Message
-from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
@@ -370,6 +375,7 @@ MODELS = [name.strip() for name in setting("MODELS", "").split(",") if name.stri
 MODEL_TIMEOUT: float = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
 HOST: str = setting("HOST", "0.0.0.0")
 PORT: int = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
+WORKERS: int = setting("WORKERS", "1", PositiveInt)  # processes; more than one need a database
 ALLOWED_ORIGINS = parse_origins(setting("ALLOWED_ORIGINS", "*"))
 TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))
 logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
@@ -1204,10 +1210,12 @@ class Turn:
     def log_message(self, error_event: bytes) -> None:
         """Log what the client reads of a CustomStreamError that the application has raised.
 
-        The model has logged its own faults, and chatkit the errors that have no message.
+        The model has logged its own faults, a Store may do the same (`logged_message`), and chatkit
+        logs the errors that have no message.
         """
         message = json.loads(error_event.removeprefix(b"data: ")).get("message")
-        if message and message != self.logged_message:
+        logged = (self.logged_message, getattr(server.store, "logged_message", None))
+        if message and message not in logged:
             logger.error("%s", message)
 
     def send_heartbeats(self) -> None:
@@ -1684,7 +1692,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def _process_streaming_impl(
         self, request: StreamingReq, context: Context
     ) -> AsyncGenerator[ThreadStreamEvent, None]:
-        """Pass on chatkit's events. If the thread is deleted meanwhile, say so and end.
+        """Pass on chatkit's events. If the thread is deleted or the Store fails, say so and end.
 
         Another process may do that at any moment. chatkit would log a traceback, and send an error
         without a message.
@@ -1705,6 +1713,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             if turn := Turn.current.get(None):
                 turn.logged_message = message
             yield ErrorEvent(message=message)
+        except CustomStreamError as error:  # of a Store; chatkit tells it only during `respond`
+            yield ErrorEvent(code="custom", message=error.message, allow_retry=error.allow_retry)
 
     async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
         """Move the client tool call that is answered to the end of the thread.
@@ -2136,25 +2146,27 @@ def stop_turns_at_signals() -> None:
     and a last event.
     """
     loop = asyncio.get_running_loop()
+    came: set[int] = set()
 
     def stop_soon() -> None:
         loop.call_later(SHUTDOWN_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
+
+    def chained(handler: Any) -> Any:
+        def handle(number: int, frame: Any) -> None:
+            if number in came and serves_alone:  # whoever sends it twice does not want to wait
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            came.add(number)
+            loop.call_soon_threadsafe(stop_soon)
+            handler(number, frame)
+
+        return handle
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and callable(handler):
-            signal.signal(number, chained(handler, loop, stop_soon))
-
-
-def chained(handler: Any, loop: asyncio.AbstractEventLoop, first: Callable[[], None]) -> Any:
-    """Return a signal handler that has the loop call `first`, and then calls the handler."""
-
-    def handle(number: int, frame: Any) -> None:
-        loop.call_soon_threadsafe(first)
-        handler(number, frame)
-
-    return handle
+            signal.signal(number, chained(handler))
 
 
 CORS: dict[str, Any] = {
@@ -2359,6 +2371,8 @@ async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> Asy
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
 async def debug_threads(context: RequestContext) -> Response:
+    # A Store that fails does so here, before the answer has begun.
+    await server.store.load_threads(1, None, "asc", context)
     return StreamingResponse(debug_json(context), media_type="application/json")
 
 
@@ -2395,15 +2409,57 @@ def debug_item(item: ThreadItem) -> dict[str, Any]:
 
 # ---- Start ---------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
+# A second SIGTERM ends this process at once. A worker may get the first one twice, from systemd and
+# from its parent.
+serves_alone = False
+
+
+def serve() -> None:
+    """Serve the `app` of the program that calls this, on HOST and PORT, with WORKERS processes."""
+    global serves_alone
     import uvicorn
 
     # uvicorn raises SIGTERM again after its shutdown, and the exit code would not be 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name = "__main__:app"
+    serves_alone = WORKERS == 1
+    if not serves_alone:
+        if isinstance(server.store, MemoryStore):
+            raise SystemExit(
+                f"WORKERS={WORKERS} needs a database: MemoryStore keeps the threads of one process."
+            )
+        program = sys.modules["__main__"]
+        name = f"{Path(program.__file__ or '').stem}:app"
+        # Otherwise multiprocessing imports the program in each worker before uvicorn's code runs,
+        # and the parent kills a worker that does not answer it within 5 seconds.
+        program.__file__ = None
+        end_workers_at_second_signal()
     uvicorn.run(
-        app,
+        name,
         host=HOST,
         port=PORT,
-        workers=1,  # whatever WEB_CONCURRENCY says: each worker would have a memory of its own
+        workers=WORKERS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
     )
+
+
+def end_workers_at_second_signal() -> None:
+    """uvicorn's parent process waits for its workers, and does not hear a second SIGTERM."""
+    from uvicorn.supervisors import Multiprocess
+
+    wait_for_workers = Multiprocess.join_all
+
+    def join_all(parent: Multiprocess) -> None:
+        def end_workers(number: int, frame: Any) -> None:
+            for worker in parent.processes:
+                worker.kill()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end_workers)
+        wait_for_workers(parent)
+
+    Multiprocess.join_all = join_all  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    serve()

@@ -135,11 +135,9 @@ class Upstream:
         self.process.wait()
 
 
-def serve(upstream: Upstream, workers: int = 0, **environment: str) -> Server:
-    """The server, ready; with `workers`, on the PostgreSQL of DATABASE_URL."""
-    return Server(
-        Path(tempfile.mkdtemp()), {**upstream.environment(), **environment}, workers=workers
-    ).started()
+def serve(upstream: Upstream, **environment: str) -> Server:
+    """The server, ready; with DATABASE_URL, on PostgreSQL."""
+    return Server(Path(tempfile.mkdtemp()), {**upstream.environment(), **environment}).started()
 
 
 def cpu(pid: int) -> float:
@@ -411,7 +409,7 @@ def round_trips(main, database) -> tuple[str, None]:
 def postgres_first_delta(database) -> tuple[str, None]:
     """One chat after the other on each server, in turns."""
     with Upstream(1, 0) as upstream:
-        servers = [serve(upstream), serve(upstream, 1, DATABASE_URL=database.schema())]
+        servers = [serve(upstream), serve(upstream, DATABASE_URL=database.schema())]
         times: list[list[float]] = [[], []]
         for number in range(120):
             for server, seen in zip(servers, times, strict=True):
@@ -428,7 +426,7 @@ def postgres_first_delta(database) -> tuple[str, None]:
 
 def postgres_streams(database, workers: int) -> tuple[str, None]:
     with Upstream(150, 50) as upstream:
-        server = serve(upstream, workers, DATABASE_URL=database.schema())
+        server = serve(upstream, WORKERS=str(workers), DATABASE_URL=database.schema())
         asyncio.run(chats(server.url, 4))
         streams = held(server)
         with database.connect() as connection:

@@ -399,6 +399,29 @@ async def test_two_hundred_chats_at_once(servers, provider):
     assert replies == [f"You said: {text}" for text in texts], unusual
 
 
+async def test_six_hundred_silent_streams(servers, provider, database):
+    """A new chat does not wait for one of them, as with LiteLLM's limit of 500 it would."""
+    if database:
+        pytest.skip("two workers share the streams, and each has fewer than 500")
+    server = servers("gemini")  # a new process: LiteLLM reads the limit when it is imported
+    provider.script["silent"] = [[Text("word "), Pause(600)]]
+    body = json.dumps({"type": "threads.create", "params": {"input": message("silent")}})
+    request = f"POST /chatkit HTTP/1.1\r\nHost: _\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+
+    async def start() -> asyncio.StreamWriter:
+        """Return when the stream is silent."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request.encode())
+        await reader.readuntil(b'"delta":"word "')
+        return writer
+
+    streams = await asyncio.wait_for(asyncio.gather(*(start() for _ in range(600))), 60)
+    assert await asyncio.wait_for(many(server.url, ["hello"]), 30) == ["You said: hello"]
+    for stream in streams:
+        stream.close()
+    await until(lambda: not provider.open(), 30)
+
+
 async def test_a_chat_that_ended_leaves_no_request_open(customised, provider):
     assert Chat(customised.url).say("hello")
     assert not provider.open()

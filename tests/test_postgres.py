@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,12 +21,15 @@ from client import (
     Server,
     done,
     error_of,
+    items_shown,
     message,
+    pool,
+    processes,
     say_at_once,
     text_of,
     until,
 )
-from postgres_store import PostgresStore
+from postgres_store import UNAVAILABLE, PostgresStore
 from provider import Silence, Text, ToolCall
 from test_leaving import many
 from test_store import NOW, thread
@@ -42,10 +46,13 @@ def url(database):
 @pytest.fixture(scope="module")
 def server(provider, url, tmp_path_factory):
     """Two workers, each with fewer connections than it has chats."""
-    settings = {"PROVIDER": "openai", "DATABASE_URL": url, "POOL_SIZE": "4", "POOL_TIMEOUT": "5"}
-    environment = {**provider.environment(), **settings}
+    settings = {"PROVIDER": "openai", "DATABASE_URL": url, "WORKERS": "2"}
     server = Server(
-        tmp_path_factory.mktemp("postgres"), environment, SUPPORT / "customised.py", workers=2
+        tmp_path_factory.mktemp("postgres"),
+        {**provider.environment(), **settings},
+        SUPPORT / "customised.py",
+        fork=True,
+        changes=pool(max_size=4, timeout=30),
     ).started()
     yield server
     assert server.stop() == 0
@@ -137,6 +144,17 @@ async def test_a_pool_of_one_connection_serves_all(database):
     await store.close()
 
 
+async def test_nothing_is_prepared(database):
+    """Behind a pooler, the name of a prepared statement may be that of another client's."""
+    store = PostgresStore(database.schema(), max_size=1)
+    for _ in range(20):
+        await store.load_threads(1, None, "asc", {})
+    (connection,) = store.idle
+    prepared = await connection.execute("SELECT statement FROM pg_prepared_statements")
+    assert await prepared.fetchall() == []
+    await store.close()
+
+
 async def test_deleting_a_thread_deletes_its_items(database):
     url = database.schema()
     store = PostgresStore(url)
@@ -153,6 +171,42 @@ async def test_deleting_a_thread_deletes_its_items(database):
 # ---- Workers --------------------------------------------------------------------
 
 
+async def test_workers_behind_a_pooler(provider, database, tmp_path):
+    """In transaction mode, with two connections to the database for all of them."""
+    if not (url := database.pooled()):
+        pytest.skip("PgBouncer is not on this machine, or the database is that of DATABASE_URL")
+    environment = {
+        **provider.environment(),
+        "PROVIDER": "openai",
+        "DATABASE_URL": url,
+        "WORKERS": "2",
+    }
+    server = Server(tmp_path, environment, SUPPORT / "customised.py", fork=True).started()
+
+    def use(number: int) -> list[str]:
+        """Three messages; every second thread is deleted afterwards. The texts of all replies."""
+        chat = Chat(server.url)
+        replies = [chat.say(f"{number} says {text}") for text in ("one", "two", "three")]
+        assert len(chat.items()) == 6
+        if number % 2:
+            chat.get("threads.delete", thread_id=chat.thread_id)
+        return [text_of(item) for events in replies for item in done(events)]
+
+    replies = await asyncio.gather(*(asyncio.to_thread(use, number) for number in range(40)))
+    said = [f"{number} says {text}" for number in range(40) for text in ("one", "two", "three")]
+    assert [text for texts in replies for text in texts] == [f"You said: {text}" for text in said]
+    kept = httpx.get(f"{server.url}/debug/threads", verify=NO_TLS).json().values()
+    stored = [text for thread in kept for item in thread["items"] for text in item["content"]]
+    assert sorted(stored) == sorted(
+        reply
+        for text in said
+        if int(text.split()[0]) % 2 == 0
+        for reply in (text, f"You said: {text}")
+    )
+    assert server.stop() == 0
+    assert "Traceback" not in "\n".join(server.log) and "unavailable" not in "\n".join(server.log)
+
+
 def test_a_chat_goes_on_with_another_worker(server, provider, chat):
     chat.say("one")
     others = (Chat(server.url, thread_id=chat.thread_id) for _ in range(100))
@@ -164,6 +218,79 @@ def test_a_chat_goes_on_with_another_worker(server, provider, chat):
         ("user", "two"),
     ]
     assert other.items() == chat.items()
+
+
+@pytest.fixture
+def stopping(provider, database, tmp_path):
+    """stopping(workers, seconds): a server whose turns go on for so long after SIGTERM."""
+    servers = []
+
+    def start(workers: int, seconds: int, **changes: str) -> Server:
+        environment = {
+            **provider.environment(),
+            "PROVIDER": "openai",
+            "DATABASE_URL": database.schema(),
+            "WORKERS": str(workers),
+        }
+        changes = {"SHUTDOWN_SECONDS = 5": f"SHUTDOWN_SECONDS = {seconds}", **changes}
+        servers.append(Server(tmp_path, environment, fork=True, changes=changes).started())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+async def test_workers_are_told_to_stop_while_replies_stream(stopping, provider):
+    """Each client keeps what it saw, with a last event, and it is stored."""
+    server = stopping(2, seconds=1)
+    provider.script["go"] = [[Text("one "), Text("two"), Silence()]]
+    chats = [Chat(server.url) for _ in range(8)]
+    readings = [Reading(chat.start("go")) for chat in chats]
+    for reading in readings:
+        await reading.until('"two"')
+    assert await asyncio.to_thread(server.stop, signal.SIGTERM) == 0
+    store = PostgresStore(server.environment["DATABASE_URL"])
+    for chat, reading in zip(chats, readings, strict=True):
+        events = await reading.end()
+        (shown,) = items_shown(events)[1:]
+        assert text_of(shown) == "one two"
+        error = error_of(events)
+        assert "was stopped" in error.message and error.allow_retry
+        stored = (await store.load_thread_items(chat.thread_id, None, 10, "asc", {})).data
+        assert [text_of(item) for item in stored] == ["go", "one two"]
+    await store.close()
+    log = "\n".join(server.log)
+    for complaint in ("Traceback", "ERROR", "never retrieved", "was destroyed", "Unclosed"):
+        assert complaint not in log, log
+    assert not provider.open()
+
+
+# A worker that takes its time: uvicorn's parent kills one that does not answer within 5 seconds.
+SLOW_START = {
+    "ROOT_DIR = Path(__file__).resolve().parent.parent\n": """
+ROOT_DIR = Path(__file__).resolve().parent.parent
+import multiprocessing
+time.sleep(6 if multiprocessing.parent_process() else 0)
+"""
+}
+
+
+@pytest.mark.parametrize(("workers", "changes"), [(1, {}), (2, SLOW_START)], ids=["1", "2"])
+async def test_told_to_stop_twice(stopping, provider, workers, changes):
+    """The second time it ends at once: its turns could go on for longer than this test waits."""
+    server = stopping(workers, 100, **changes)
+    assert "died" not in "\n".join(server.log)
+    provider.script["go"] = [[Text("one"), Silence()]]
+    stream = Chat(server.url).start("go")
+    next(event for event in stream if '"one"' in event.model_dump_json())
+    pids = processes(server)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("Waiting for connections to close")
+    await asyncio.to_thread(server.stop, signal.SIGTERM)
+    with pytest.raises(httpx.RemoteProtocolError):
+        list(stream)
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def test_a_worker_is_killed(server, provider, chat):
@@ -332,7 +459,7 @@ async def test_the_database_stops_while_chats_run(server, database, provider):
         await asyncio.to_thread(running.join, 30)
     for seen in events:
         error = error_of(seen)
-        assert (error.code, error.allow_retry) == ("stream.error", True)
+        assert (error.message, error.allow_retry) == (UNAVAILABLE, True)
     database.cluster.start()
     provider.script["go"] = [[Text("three")]]
     for chat in chats:

@@ -18,6 +18,8 @@ UNUSABLE = [
     ({"PORT": "http"}, "PORT='http': Input should be a valid integer"),
     ({"PORT": "99999"}, "PORT='99999': Input should be less than 65536."),
     ({"PORT": "0"}, "PORT='0': Input should be greater than 0."),
+    ({"WORKERS": "0"}, "WORKERS='0': Input should be greater than 0."),
+    ({"WORKERS": "two"}, "WORKERS='two': Input should be a valid integer"),
     ({"MODEL_TIMEOUT": "-1"}, "MODEL_TIMEOUT='-1': Input should be greater than 0."),
     ({"MODEL_TIMEOUT": "nan"}, "MODEL_TIMEOUT='nan': Input should be greater than 0."),
     (
@@ -72,11 +74,21 @@ def test_origins_are_understood_as_browsers_send_them(tmp_path, text, origins):
     assert origins == load_main(tmp_path, {"ALLOWED_ORIGINS": text}).ALLOWED_ORIGINS
 
 
-def test_an_unusable_port_as_an_operator_sees_it(tmp_path):
-    server = Server(tmp_path, {"PROVIDER": "mock", "PORT": "99999"}, fork=True)
+AS_AN_OPERATOR_SEES_IT = [
+    ({"PORT": "99999"}, "PORT='99999': Input should be less than 65536."),
+    ({"PROVIDER": "nope", "WORKERS": "2"}, "PROVIDER='nope' is none of gemini, openai, "),
+    ({"WORKERS": "2"}, "WORKERS=2 needs a database: MemoryStore keeps the threads of one process."),
+]
+
+
+@pytest.mark.parametrize(("environment", "says"), AS_AN_OPERATOR_SEES_IT, ids=str)
+def test_an_unusable_setting_as_an_operator_sees_it(tmp_path, environment, says):
+    """No worker is started, and none is started again."""
+    server = Server(tmp_path, {"PROVIDER": "mock", **environment}, fork=True)
     assert server.process.wait(60) == 1
     server.reader.join(10)
-    assert server.log == ["PORT='99999': Input should be less than 65536.", "(end of log)"]
+    line, end = server.log
+    assert line.startswith(says) and end == "(end of log)"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@
 """
 
 import importlib
+import itertools
 import random
 from datetime import datetime, timedelta
 
@@ -48,8 +49,20 @@ ALICE, BOB = {"user_id": "alice"}, {"user_id": "bob"}
 def pytest_generate_tests(metafunc):
     if "store" in metafunc.fixturenames:
         theirs = metafunc.config.getoption("--store")
-        ours = ["postgres"] if metafunc.config.getoption("--postgres") else ["memory", "sqlite"]
+        ours = ["memory", "sqlite"]
+        if metafunc.config.getoption("--postgres"):
+            ours = ["postgres", "pgbouncer"]
         metafunc.parametrize("store", [theirs] if theirs else ours, indirect=True)
+
+
+class InTurns:
+    """Stores of one database, each call with the next of them, as a request goes to any worker."""
+
+    def __init__(self, stores: list):
+        self.stores = itertools.cycle(stores)
+
+    def __getattr__(self, name: str):
+        return getattr(next(self.stores), name)
 
 
 @pytest.fixture
@@ -64,6 +77,16 @@ async def store(request, tmp_path):
         store = PostgresStore(request.getfixturevalue("database").schema())
         yield store
         await store.close()
+    elif request.param == "pgbouncer":
+        from postgres_store import PostgresStore
+
+        url = request.getfixturevalue("database").pooled()
+        if not url:
+            pytest.skip("PgBouncer is not on this machine, or the database is that of DATABASE_URL")
+        stores = [PostgresStore(url) for _ in range(2)]
+        yield InTurns(stores)
+        for store in stores:
+            await store.close()
     else:
         module, _, factory = request.param.partition(":")
         yield getattr(importlib.import_module(module), factory)()
@@ -367,7 +390,10 @@ async def test_ids_have_chatkits_prefixes_and_do_not_repeat(store):
     for kind, prefix in {**prefixes, "sdk_hidden_context": "shcx_"}.items():
         ids = {store.generate_item_id(kind, here, {}) for _ in range(100)}
         assert len(ids) == 100 and all(id.startswith(prefix) for id in ids)
-    assert store.generate_thread_id({}).startswith("thr_")
+        # 128 random bits: 32 digits of hex, or 22 of base 64. chatkit's 32 bits collide.
+        assert min(len(id.removeprefix(prefix)) for id in ids) >= 22
+    thread_id = store.generate_thread_id({})
+    assert thread_id.startswith("thr_") and len(thread_id) >= len("thr_") + 22
 
 
 async def test_a_thousand_steps_at_random(store):

@@ -1,35 +1,48 @@
 """chatkit's Store on PostgreSQL 13 or newer, for any number of workers.
 
-Copy it beside main.py and change one line:
+Copy this file beside main.py, `pip install "psycopg[binary]"`, and write in main.py,
+instead of `store = MemoryStore()`:
 
-    from postgres_store import PostgresStore          # pip install "psycopg[binary,pool]"
+    from postgres_store import PostgresStore
 
-    store = PostgresStore(os.environ["DATABASE_URL"])
+    store = PostgresStore(os.getenv("DATABASE_URL", ""))
 
-Each method sends one statement: one round trip, one transaction. Every statement may be repeated,
-and is repeated once if its connection turns out to be dead. Raises chatkit's NotFoundError for what
-is missing or belongs to another user, psycopg_pool's PoolTimeout if no connection is free within
-`timeout` seconds, and psycopg's OperationalError if the database does not answer.
+The store creates its tables. `python postgres_store.py` prints their SQL, for a role that may not.
+
+Each method sends one statement: one round trip, one transaction. It needs nothing from the session,
+so a pooler in transaction mode, such as PgBouncer, may stand between. Every statement may be sent
+again, and is sent again once, on a new connection, if it fails: the database may have restarted, or
+another server may have become the primary.
+
+Raises chatkit's NotFoundError for what is missing or belongs to another user, and
+DatabaseUnavailable for what the database does not do, or not within `timeout` seconds.
 """
 
+import asyncio
+import logging
+import multiprocessing
 import re
 import secrets
+import socket
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import anyio
+import psycopg
 from chatkit.errors import CustomStreamError
 from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import Attachment, Page, ThreadItem, ThreadMetadata
-from psycopg import OperationalError
-from psycopg.errors import QueryCanceled
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from fastapi import HTTPException
+from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import InsufficientPrivilege, InvalidSchemaName, UndefinedTable
 from pydantic import TypeAdapter
 
-# `number` grows with every row, so it is the order of addition.
-# `owner` is the user's id, "" without users.
-# The lock: two workers that run CREATE ... IF NOT EXISTS at once would fail.
-SCHEMA = """
+# `number` grows with every row, so it is the order of addition. `owner` is the user's id, or "".
+SCHEMA = """\
+-- Workers that start at once would create the same table: one does it, the others wait.
 SELECT pg_advisory_xact_lock(727464);
 CREATE TABLE IF NOT EXISTS chatkit_threads (
     id text PRIMARY KEY,
@@ -53,6 +66,9 @@ CREATE TABLE IF NOT EXISTS chatkit_attachments (
     data jsonb NOT NULL
 );
 """
+# Changes nothing, but fails as a write does: without the tables, without rights, on a standby.
+PROBE = "UPDATE chatkit_attachments SET data = data WHERE false"
+
 Context = dict[str, str]  # {} or {"user_id": ...}
 Row = TypeVar("Row", ThreadMetadata, ThreadItem, Attachment)
 
@@ -74,12 +90,73 @@ ITEMS = Table[ThreadItem](
 )
 ATTACHMENTS = Table[Attachment]("chatkit_attachments", "Attachment", TypeAdapter(Attachment))
 
+BAD_URL = (
+    "The database's URL is not of the form postgresql://user:password@host:5432/database: "
+    "special characters in a password are written as %40 and the like, and no driver is named."
+)
+RIGHTS = (
+    "The role needs SELECT, INSERT, UPDATE and DELETE on the three chatkit_ tables, and CREATE on "
+    "their schema unless the tables exist. `python postgres_store.py` prints their SQL."
+)
+UNAVAILABLE = "The database is unavailable. Try again in a moment."
+LOG_SECONDS = 60  # the same cause is logged once in this time
+logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
+
+
+class DatabaseUnavailable(HTTPException, CustomStreamError):
+    """FastAPI answers a request with a 503, and chatkit ends a reply with an error event."""
+
+    def __init__(self) -> None:
+        HTTPException.__init__(self, 503, UNAVAILABLE)
+        CustomStreamError.__init__(self, UNAVAILABLE, allow_retry=True)
+
 
 class ThreadDeleted(NotFoundError, CustomStreamError):
-    """Another worker has deleted the thread.
+    """Another worker has deleted the thread. A reply that streams into it ends with the message."""
 
-    chatkit shows the message if a reply is streaming into the thread.
+
+def connection_string(url: str, timeout: float) -> str:
+    """Return the URL with what finds a dead connection. Stops the start if the URL is malformed."""
+    # Half of the time, so that the other half is left to try it on another connection.
+    options: dict[str, Any] = {
+        "connect_timeout": int(timeout / 2),
+        "tcp_user_timeout": int(timeout / 2 * 1000),  # milliseconds
+        "keepalives_idle": 30,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+    }
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:  # its message quotes the URL
+        given = {}
+    # Parts of a password that is not escaped end up in these, and libpq's messages quote them.
+    names = f"{given.get('host')}{given.get('dbname')}"
+    ports = str(given.get("port", "")).replace(",", "")
+    if not given or "@" in names or ports.strip("0123456789"):
+        raise SystemExit(BAD_URL)
+    return make_conninfo("", **{**options, **given})
+
+
+def shut_down(connection: AsyncConnection) -> None:
+    """End a statement that the database does not answer: psycopg finds its socket closed.
+
+    If it was cancelled, psycopg would wait for up to 10 seconds more, for the same database.
     """
+    with suppress(OSError, psycopg.Error):  # it has failed already
+        theirs = socket.socket(fileno=connection.fileno())
+        try:
+            theirs.shutdown(socket.SHUT_RDWR)
+        finally:
+            theirs.detach()  # psycopg closes it
+
+
+def cause_of(error: Exception) -> str:
+    """Return the database's own words, on one line, and what helps if rights are missing."""
+    diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    cause = " ".join((diagnosis or str(error)).split())
+    if isinstance(error, (InsufficientPrivilege, InvalidSchemaName)):
+        cause += f". {RIGHTS}"
+    return cause
 
 
 def to_jsonb(text: str) -> str:
@@ -104,60 +181,112 @@ def new_id(item_type: StoreItemType) -> str:
 
 
 class PostgresStore(Store[Context]):
-    def __init__(self, url: str, max_size: int = 10, timeout: float = 30) -> None:
-        """Open at most `max_size` connections per worker.
+    logged_message = UNAVAILABLE  # with its cause; main.py does not log it for each reply
 
-        A statement waits at most `timeout` seconds for one.
+    def __init__(self, url: str, max_size: int = 10, timeout: float = 8) -> None:
+        """Open at most `max_size` connections in each worker. No call takes longer than `timeout`.
+
+        If the database is not there, the log says why. The store works as soon as it is there.
         """
-        self.pool = AsyncConnectionPool(
-            url,
-            kwargs={"autocommit": True},
-            open=False,
-            min_size=1,
-            max_size=max_size,
-            timeout=timeout,
-            reconnect_timeout=timeout,
-        )
-        self.opened = False
+        self.conninfo = connection_string(url, timeout)
+        self.max_size, self.timeout = max_size, timeout
+        self.free = asyncio.Semaphore(max_size)
+        self.idle: list[AsyncConnection] = []  # the one that was used last is the next
+        self.logged: dict[str, float] = {}  # cause -> when it was logged
+        if multiprocessing.parent_process() is None:  # the parent of workers has done it for them
+            try:
+                self.create_tables()
+            except psycopg.Error as error:
+                self.log(cause_of(error))
 
-    async def open(self) -> None:
-        """Connect, and create the tables if they are missing. The first statement calls this."""
-        await self.pool.open()
-        async with self.pool.connection() as connection:
-            found = await connection.execute("SELECT to_regclass('chatkit_attachments')")
-            if await found.fetchone() == (None,):
-                await connection.execute(SCHEMA)  # sent in one piece, so it is one transaction
-        self.opened = True
+    def create_tables(self) -> None:
+        """Create the tables if they are missing, and find out whether they can be written to."""
+        with psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None) as connection:
+            try:
+                connection.execute(PROBE)
+            except UndefinedTable:
+                connection.execute(SCHEMA)  # sent in one piece, so it is one transaction
 
     async def close(self) -> None:
-        await self.pool.close()
+        """Close the idle connections."""
+        while self.idle:
+            await self.idle.pop().close()
+
+    def log(self, cause: str) -> None:
+        now = time.monotonic()
+        recent = {text: when for text, when in self.logged.items() if now - when < LOG_SECONDS}
+        if cause not in recent:
+            logger.error("The database is unavailable: %s", cause)
+        self.logged = {cause: now, **recent}
+
+    async def borrow(self, deadline: float) -> AsyncConnection:
+        """Return an idle connection, or a new one, before the deadline.
+
+        psycopg_pool would make everybody wait while the database refuses, and not tell them why.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            with anyio.fail_after(deadline - loop.time()):
+                await self.free.acquire()
+        except TimeoutError:
+            raise TimeoutError(f"all {self.max_size} connections are busy") from None
+        connection = self.idle.pop() if self.idle else None
+        try:
+            if connection is None:
+                with anyio.fail_after(deadline - loop.time()):
+                    # By default psycopg prepares a statement that comes often. Behind a pooler the
+                    # next one reaches another session, which knows another one by that name.
+                    connection = await AsyncConnection.connect(
+                        self.conninfo, autocommit=True, prepare_threshold=None
+                    )
+        except BaseException:
+            self.free.release()
+            raise
+        return connection
+
+    async def rows_once(
+        self, statement: str, parameters: dict[str, str | int], deadline: float
+    ) -> list[tuple[Any, ...]]:
+        loop = asyncio.get_running_loop()
+        connection = await self.borrow(deadline)
+        limit = loop.call_later(deadline - loop.time(), shut_down, connection)
+        try:
+            cursor = await connection.execute(statement, parameters)
+            rows = await cursor.fetchall() if cursor.description else []
+        except BaseException as error:
+            await connection.close()
+            if isinstance(error, psycopg.Error) and loop.time() >= deadline:
+                raise TimeoutError from error
+            raise
+        else:
+            self.idle.append(connection)
+            return rows
+        finally:
+            limit.cancel()
+            self.free.release()
 
     async def rows(
         self, statement: str, context: Context, limit: int = 0, **values: str
     ) -> list[tuple[Any, ...]]:
-        """Return the rows of the statement; repeat it on a new connection if this one is dead."""
+        """Return the rows of the statement. Raises DatabaseUnavailable, and logs the cause."""
         values = {"owner": context.get("user_id", ""), **values}
         parameters: dict[str, str | int] = {"limit": limit}
         for name, value in values.items():
-            parameters[name] = value.replace("\0", "\ufffe0")
-        with anyio.CancelScope(shield=True):  # a client that leaves must not interrupt a write
+            parameters[name] = value.replace("\0", "\ufffe0")  # text cannot store NUL, either
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.timeout
+        try:
             try:
-                found = await self.rows_once(statement, parameters)
-            except (PoolTimeout, QueryCanceled):
-                raise
-            except OperationalError:
-                await self.pool.check()  # after a restart of the database all connections are dead
-                found = await self.rows_once(statement, parameters)
-        return found
-
-    async def rows_once(
-        self, statement: str, parameters: dict[str, str | int]
-    ) -> list[tuple[Any, ...]]:
-        if not self.opened:
-            await self.open()
-        async with self.pool.connection() as connection:
-            cursor = await connection.execute(statement, parameters)
-            return await cursor.fetchall() if cursor.description else []
+                return await self.rows_once(statement, parameters, deadline)
+            except UndefinedTable:  # the database was not there at the start
+                with anyio.fail_after(deadline - loop.time()):
+                    await asyncio.to_thread(self.create_tables)
+            except psycopg.Error:  # the idle connections may be as dead, or as read-only
+                await self.close()
+            return await self.rows_once(statement, parameters, deadline)
+        except (psycopg.Error, TimeoutError) as error:
+            self.log(cause_of(error) or f"no answer within {self.timeout:g} seconds")
+            raise DatabaseUnavailable from error
 
     async def load(self, table: Table[Row], id: str, context: Context, thread_id: str = "") -> Row:
         statement = f"SELECT data::text FROM {table.name} WHERE {table.visible} AND id = %(id)s"
@@ -270,3 +399,7 @@ class PostgresStore(Store[Context]):
 
     async def delete_attachment(self, attachment_id: str, context: Context) -> None:
         await self.delete(ATTACHMENTS, attachment_id, context)
+
+
+if __name__ == "__main__":
+    print(SCHEMA, end="")

@@ -5,11 +5,12 @@ Run as a program it is the chat server with this store in MemoryStore's place.
 
 import asyncio
 import os
+import secrets
 import sqlite3
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from chatkit.store import NotFoundError, Store
+from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import Attachment, Page, ThreadItem, ThreadMetadata
 from pydantic import TypeAdapter
 
@@ -101,6 +102,19 @@ class SQLiteStore(Store[Context]):
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     # ---- chatkit's Store
+
+    def generate_thread_id(self, context: Context) -> str:
+        return self.unique_id("thread")
+
+    def generate_item_id(
+        self, item_type: StoreItemType, thread: ThreadMetadata, context: Context
+    ) -> str:
+        return self.unique_id(item_type)
+
+    def unique_id(self, item_type: StoreItemType) -> str:
+        """Return an id with 128 random bits. Two of chatkit's own are soon the same."""
+        prefix = default_generate_id(item_type).split("_")[0]
+        return f"{prefix}_{secrets.token_hex(16)}"
 
     async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
         return self.load(THREAD, thread_id, context)

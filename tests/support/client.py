@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,13 +30,36 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
+# What the README says to write for PostgreSQL.
+ON_POSTGRES = re.search(
+    r"instead of `store = MemoryStore\(\)`:\n\n```python\n(.*?)```",
+    (ROOT / "README.md").read_text(),
+    re.S,
+)[1]
+
+
+def pool(**options: float) -> dict[str, str]:
+    """The change that gives PostgresStore these options."""
+    url = 'os.getenv("DATABASE_URL", "")'
+    return {url: ", ".join([url, *(f"{name}={value}" for name, value in options.items())])}
+
+
+def main_code(store: str = "store = MemoryStore()") -> str:
+    """main.py with this store, whichever it has: you may have followed the README."""
+    code = (ROOT / "backend" / "main.py").read_text()
+    code, count = re.subn(r"^store = .*$", lambda _: store, code, flags=re.M)
+    assert count == 1
+    return code
+
+
 def load_main(folder: Path, settings: dict[str, str] | None = None):
     """main.py as a module of this process: a copy, with no .env beside it.
 
     PROVIDER is mock unless `settings` say otherwise.
     """
     (folder / "backend").mkdir(parents=True, exist_ok=True)
-    path = shutil.copy(ROOT / "backend" / "main.py", folder / "backend" / "main.py")
+    path = folder / "backend" / "main.py"
+    path.write_text(main_code())
     spec = importlib.util.spec_from_file_location("main", path)
     module = importlib.util.module_from_spec(spec)
     environment = dict(os.environ)
@@ -56,26 +80,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-# What the README says to change in main.py, with a pool that the tests can make small.
-POSTGRES_CHANGES = {
-    "store = MemoryStore()": """
-from postgres_store import PostgresStore
-
-store = PostgresStore(
-    os.environ["DATABASE_URL"],
-    int(os.getenv("POOL_SIZE", "10")),
-    float(os.getenv("POOL_TIMEOUT", "30")),
-)
-"""
-}
-
-
 class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
-    With `workers`: `uvicorn main:app --workers ...` on the PostgreSQL of DATABASE_URL, as the
-    README says.
+    With DATABASE_URL in the environment: on PostgreSQL, as the README says.
     With `fork`: a fork of a process that has done the imports (forked.py).
     With `changes`: parts of main.py and what replaces them."""
 
@@ -84,36 +93,25 @@ class Server:
         folder: Path,
         environment: dict[str, str],
         program: Path | None = None,
-        workers: int = 0,
         fork: bool = False,
         changes: dict[str, str] | None = None,
     ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
-        code = (ROOT / "backend" / "main.py").read_text()
-        for old, new in {**(changes or {}), **(POSTGRES_CHANGES if workers else {})}.items():
+        code = main_code()
+        if "DATABASE_URL" in environment:
+            code = main_code(ON_POSTGRES)
+            shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
+        for old, new in (changes or {}).items():
             assert code.count(old) == 1, old
             code = code.replace(old, new)
         main.write_text(code)
-        self.workers = workers
+        self.workers = int(environment.get("WORKERS", "1"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log: list[str] = []
         self.news = threading.Condition()
         command = [sys.executable, str(program or main)]
-        if workers:
-            app = f"{program.stem if program else 'main'}:app"
-            folders = ["--app-dir", str(program.parent)] if program else []
-            options = [
-                "--workers",
-                str(workers),
-                "--timeout-graceful-shutdown",
-                "5",
-                "--port",
-                str(self.port),
-            ]
-            command = [sys.executable, "-m", "uvicorn", app, *folders, *options]
-            shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
         environment = {
             "PATH": PATH,
             "HOME": str(folder),
@@ -127,6 +125,7 @@ class Server:
             "PORT": str(self.port),
             **environment,
         }
+        self.environment = environment
         if fork:
             self.process = Forked(command[1], environment, folder)
         else:
@@ -163,7 +162,7 @@ class Server:
 
     def started(self) -> "Server":
         self.wait_for("Uvicorn running on")
-        self.wait_for("Application startup complete", self.workers or 1)
+        self.wait_for("Application startup complete", self.workers)
         return self
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20) -> int:

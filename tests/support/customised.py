@@ -10,7 +10,6 @@ import os
 import time
 from datetime import datetime
 
-import uvicorn
 from agents import (
     Agent,
     GuardrailFunctionOutput,
@@ -368,4 +367,4 @@ async def collect():
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host=main.HOST, port=main.PORT)
+    main.serve()

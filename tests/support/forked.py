@@ -36,6 +36,10 @@ def run(program: str, environment: dict[str, str], folder: str, output) -> None:
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
+    # A new process is nobody's worker, and may have workers.
+    multiprocessing.process._parent_process = None
+    multiprocessing.current_process()._config["daemon"] = False
+    sys.stdin = None  # its number is not that of an open file in the workers
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     os.environ.clear()
