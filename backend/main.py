@@ -29,6 +29,9 @@ Limits   threads are kept in memory, by one process; the model sees the newest H
          items of a thread; MAX_BODY_BYTES and the constants after it bound a request
 
 The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it is one turn.
+A message goes from chatkit_endpoint to process, check and Turn.read; in the turn's own task from
+produce to chatkit, respond and the run (ProviderModel), and back through the stages. chatkit then
+stores the items that are done, and the events go through the queue to Turn.read and the client.
 
          Process-wide effects      what importing this file changes outside of it
          Settings                  constants, then environment variables
@@ -38,6 +41,7 @@ The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it i
                                    ToolMemory: what tools were asked and answered
                                    ChatKitServerImpl: checks a request, then answers it
                                    with_...: the stages that a turn's events pass through
+                                   warm_up: what the first chat would have to wait for
          Routes                    the FastAPI app
          Start                     serve: uvicorn, with one process or several
 
@@ -317,7 +321,8 @@ MAX_TITLE = 1_000  # characters of a thread's title
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
 PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here; so does what the model sees of them
 SILENCE_SECONDS = 15  # a silent stream then sends a heartbeat; many proxies close it after 60
-SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM
+SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM, or after a stop
+DISCONNECT_SECONDS = 0.05  # the news that a client has left may come later than its next message
 
 
 def setting(name: str, default: str, kind: Any = str) -> Any:
@@ -499,12 +504,12 @@ class MemoryStore(Store[Context]):
         return self._threads[thread_id]
 
     def generate_thread_id(self, context: Context) -> str:
-        return unique_id("thread")
+        return long_id("thread")
 
     def generate_item_id(
         self, item_type: StoreItemType, thread: ThreadMetadata, context: Context
     ) -> str:
-        return unique_id(item_type)
+        return long_id(item_type)
 
     async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
         return self._threads_of(context).load(thread_id)
@@ -556,19 +561,19 @@ class MemoryStore(Store[Context]):
         self._attachments_of(context).delete(attachment_id)
 
 
-def give_unique_ids(store: Store[Context]) -> None:
-    """Have a Store that leaves its ids to chatkit make those of `unique_id`."""
+def use_long_ids(store: Store[Context]) -> None:
+    """Have a Store that leaves its ids to chatkit make those of `long_id`."""
     if type(store).generate_thread_id is Store.generate_thread_id:
         store.generate_thread_id = (  # type: ignore[method-assign]  # of this object alone
-            lambda context: unique_id("thread")
+            lambda context: long_id("thread")
         )
     if type(store).generate_item_id is Store.generate_item_id:
         store.generate_item_id = (  # type: ignore[method-assign]  # of this object alone
-            lambda item_type, thread, context: unique_id(item_type)
+            lambda item_type, thread, context: long_id(item_type)
         )
 
 
-def unique_id(item_type: StoreItemType) -> str:
+def long_id(item_type: StoreItemType) -> str:
     """Return an id with chatkit's prefix (`thr_`, `msg_`, ...) and 128 random bits.
 
     chatkit's own ids have 32 bits: after about 77,000 threads two are likely to have the same.
@@ -632,13 +637,13 @@ class LengthLimit(Exception):
 
 
 class Fault(NamedTuple):
-    """A kind of fault, and what the person in the chat reads of it."""
+    """A kind of fault: what the person in the chat reads of it, and how it is recognised."""
 
-    statuses: list[int]  # HTTP statuses of the provider
-    errors: list[type[Exception]]
     message: str  # may name the {key} and the {model}
     allow_retry: bool
-    words: tuple[str, ...] = ()  # what some providers say of it, whatever the status
+    statuses: Sequence[int] = ()  # HTTP statuses of the provider
+    errors: Sequence[type[Exception]] = ()
+    words: Sequence[str] = ()  # what some providers say of it, whatever the status
 
 
 GUARDRAILS: list[type[Exception]] = [
@@ -647,8 +652,8 @@ GUARDRAILS: list[type[Exception]] = [
 ]
 # A mistake in this server, or in what is installed, and not the provider's.
 SERVER_BUGS: list[type[Exception]] = [ImportError, TypeError, AttributeError, NameError]
-# The faults of a turn that are raised outside of the model. A tool's own errors are none of them:
-# chatkit logs those.
+# What openai-agents raises around the model's calls, so that ProviderModel cannot catch it. The own
+# errors of a tool are none of these: chatkit logs them.
 TURN_FAULTS: tuple[type[Exception], ...] = (
     EmptyReply,
     MaxTurnsExceeded,
@@ -657,88 +662,92 @@ TURN_FAULTS: tuple[type[Exception], ...] = (
     *GUARDRAILS,
 )
 FILTERED = Fault(
-    [],
-    [ContentPolicyViolationError, ModelRefusalError],
     "The AI provider's content filter stopped this.",
-    False,
+    allow_retry=False,
+    errors=[ContentPolicyViolationError, ModelRefusalError],
 )
 TIMED_OUT = Fault(
-    [408],
-    [TimeoutError],
     "The AI provider timed out: it sent nothing for too long. Try again.",
-    True,
+    allow_retry=True,
+    statuses=[408],
+    errors=[TimeoutError],
 )
 TOO_LONG_A_REPLY = Fault(
-    [],
-    [LengthLimit],
     "The reply reached the model's length limit, and ends here. Ask for the rest.",
-    False,
+    allow_retry=False,
+    errors=[LengthLimit],
 )
 CUT_OFF = Fault(
-    [],
-    [ConnectionResetError],
     "The reply was cut off: the AI provider dropped the connection. Try again.",
-    True,
+    allow_retry=True,
+    errors=[ConnectionResetError],
 )
 SERVER_BUG = Fault(
-    [],
-    SERVER_BUGS,
     "This server cannot use the AI provider. The server's log has the reason.",
-    False,
+    allow_retry=False,
+    errors=SERVER_BUGS,
 )
 FAULTS = [  # the first that fits is the one
     Fault(
-        [402],
-        [],
         "The quota or credit at the AI provider is used up. Check the plan and billing of {key}.",
-        False,
-        ("insufficient_quota", "credit balance is too low"),
+        allow_retry=False,
+        statuses=[402],
+        words=["insufficient_quota", "credit balance is too low"],
     ),
     Fault(
-        [401, 403],
-        [AuthenticationError],
         "The AI provider refused the key. Check {key}.",
-        False,
-        ("API_KEY_INVALID",),
+        allow_retry=False,
+        statuses=[401, 403],
+        errors=[AuthenticationError],
+        words=["API_KEY_INVALID"],
     ),
-    Fault([404], [], "The AI provider does not know the model {model}. Check MODEL.", False),
-    Fault([429], [], "The AI provider's rate limit is reached. Wait a moment and try again.", True),
     Fault(
-        [413],
-        [ContextWindowExceededError],
+        "The AI provider does not know the model {model}. Check MODEL.",
+        allow_retry=False,
+        statuses=[404],
+    ),
+    Fault(
+        "The AI provider's rate limit is reached. Wait a moment and try again.",
+        allow_retry=True,
+        statuses=[429],
+    ),
+    Fault(
         "This conversation is too long. Start a new thread.",
-        False,
+        allow_retry=False,
+        statuses=[413],
+        errors=[ContextWindowExceededError],
     ),
     FILTERED,
-    Fault([], GUARDRAILS, "This server's rules do not allow this. Rephrase your message.", False),
     Fault(
-        [],
-        [MaxTurnsExceeded],
+        "This server's rules do not allow this. Rephrase your message.",
+        allow_retry=False,
+        errors=GUARDRAILS,
+    ),
+    Fault(
         "The model used tools again and again without an answer. Rephrase your message.",
-        False,
+        allow_retry=False,
+        errors=[MaxTurnsExceeded],
     ),
     TIMED_OUT,
     TOO_LONG_A_REPLY,
     CUT_OFF,
     Fault(
-        [],
-        [ModelBehaviorError, StopAsyncIteration],
         "The AI provider's answer was not understood. Try again.",
-        True,
+        allow_retry=True,
+        errors=[ModelBehaviorError, StopAsyncIteration],
     ),
-    Fault([], [EmptyReply], "The AI provider's reply was empty. Try again.", True),
+    Fault("The AI provider's reply was empty. Try again.", allow_retry=True, errors=[EmptyReply]),
     SERVER_BUG,
     Fault(
-        list(range(500, 600)),
-        [OSError],
         "The AI provider is unavailable. Try again later.",
-        True,
+        allow_retry=True,
+        statuses=range(500, 600),
+        errors=[OSError],
     ),
     Fault(
-        list(range(400, 500)),
-        [],
         "The AI provider refused this request. The server's log has the reason.",
-        False,
+        allow_retry=False,
+        statuses=range(400, 500),
     ),
 ]
 # After a part of the reply, whatever else the provider reports has cut it off.
@@ -835,7 +844,7 @@ class ProviderModel(LitellmModel):
         if turn := Turn.current.get(None):
             turn.model = self
         if self.missing_key:
-            raise self.fault(
+            raise self.log_fault(
                 f"This server has no {self.missing_key}. Set it, or try PROVIDER=mock.", False
             )
         # An agent that was made without a model has the reasoning effort of OpenAI's default model,
@@ -904,9 +913,9 @@ class ProviderModel(LitellmModel):
         if fault is None:
             raise error
         message = fault.message.format(key=self.key_name, model=self.model)
-        raise self.fault(message, fault.allow_retry, error) from error
+        raise self.log_fault(message, fault.allow_retry, error) from error
 
-    def fault(
+    def log_fault(
         self, message: str, allow_retry: bool, error: Exception | None = None
     ) -> ProviderFault:
         """Return a ProviderFault with this message, after a line in the log with its cause."""
@@ -1116,12 +1125,15 @@ SERVER_STOPPED = server_sent(
 
 
 class Turn:
-    """One streaming request: a task of its own produces its events, and the response reads them.
+    """One streaming request. Three tasks take part in it:
 
-    So a client that leaves interrupts nothing. It stops the run, whose events then end without an
-    exception; what was streamed is stored as at the end of any turn.
+        the response        Turn.read, which yields what is in the queue
+        the turn's task     produce: it reads chatkit's events, which come from respond and its
+                            stages, and puts them into the queue. In it chatkit stores the items.
+        openai-agents' task the run: it calls the model and the tools
 
-        process ─ Turn.read() ◄── queue ◄── the turn's task: produce ─ chatkit ─ respond ─ the run
+    A client that leaves cancels the first one only. Turn.stop then ends the run, whose events end
+    without an exception, and what was streamed is stored as at the end of any turn.
     """
 
     current: ClassVar[ContextVar[Turn]] = ContextVar("current")  # of the task that runs
@@ -1162,7 +1174,8 @@ class Turn:
     def stop(self, last_event: bytes | None = None) -> None:
         """End the turn soon, with this event for a client that still reads.
 
-        A turn that does not end by itself, because a tool or a database hangs, is cancelled.
+        Only a turn that does not end by itself, because a tool or a database hangs, is cancelled.
+        What it has streamed of an unfinished item is then lost.
         """
         if self.stopped or self.task is None:
             return
@@ -1195,7 +1208,10 @@ class Turn:
             self.queue.put_nowait(None)
 
     def put(self, event: bytes) -> None:
-        """Queue an event for the client, unless the turn was stopped: then it has its last one."""
+        """Queue an event for the client. A turn that was stopped sends nothing more.
+
+        Events are recognised by how chatkit's JSON begins: parsing each would cost too much.
+        """
         self.last_event = time.monotonic()
         if self.first_delta is None and event.startswith(b'data: {"type":"thread.item.updated"'):
             self.first_delta = self.last_event - self.started
@@ -1526,7 +1542,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
     ) -> None:
         super().__init__(store, attachment_store)
-        give_unique_ids(store)
+        use_long_ids(store)
         self.agent: Agent[AgentContext[Context]] = Agent(
             "Assistant", instructions=INSTRUCTIONS, model=model
         )
@@ -1564,7 +1580,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         )
         turn.follow(result, agent_context, memory)
 
-        # Each stage is a function further down, with one idea; it works without the others.
+        # Each stage is a function further down, with one idea. What leaves the last one goes to
+        # chatkit: it stores each item that is done, and then sends the event.
         events = stream_agent_response(agent_context, result)
         events = with_unique_ids(events, turn)
         events = with_reply(events, turn)
@@ -1627,10 +1644,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         return config
 
     def event_that_saves(self, thread: ThreadMetadata, context: Context) -> ThreadStreamEvent:
-        """Return an event for chatkit, which saves a thread that changed after the next event.
+        """Return a harmless event: chatkit saves a changed thread after each event that it gets.
 
-        The thread's new title must not wait for the model's first event: the thread may be deleted
-        until then, and would come back.
+        The next one comes from the model. Until then the thread may be deleted, and would come back
+        with its new title.
         """
         return StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
 
@@ -1653,9 +1670,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     def _update_pending_items(self, *_: Any) -> None:
         """Keep no copies of the items that are streamed: chatkit stores them if it is cancelled.
 
-        It never is. chatkit 1.4 to 1.5 appends each step of a workflow to the very object that is
-        streamed, so that steps and thoughts are doubled (chatkit-python pull request 76); and it
-        copies a message for each delta.
+        Only a turn that hangs is. chatkit 1.4 to 1.5 appends each step of a workflow to the very
+        object that is streamed, so that steps and thoughts are doubled (chatkit-python pull request
+        76); and it copies a message for each delta.
         """
 
     async def add_feedback(
@@ -1671,7 +1688,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     ) -> StreamingResult | NonStreamingResult:
         """Answer a request.
 
-        Raises HTTPException (400) or NotFoundError before anything is stored.
+        Raises HTTPException (400 or 409) or NotFoundError before anything is stored.
         """
         parsed = parse_request(request)
         await self.check(parsed, context)
@@ -1687,6 +1704,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             if parsed.type == "threads.add_client_tool_output":
                 await self.put_tool_call_last(thread_id, context)
         turn = Turn(self.turns, thread_id)
+        # chatkit's method calls _process_streaming_impl, and that calls respond. None of it runs
+        # before the response reads.
         return StreamingResult(turn.read(self._process_streaming(parsed, context)))
 
     async def _process_streaming_impl(
@@ -1704,7 +1723,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     if event.type == "thread.created":
                         thread_id = event.thread.id
                     if event.type == "error" and event.code != "custom" and thread_id:
-                        # Now, because chatkit logs the traceback after it has sent the event.
+                        # Raises NotFoundError if it is gone. Before the yield, because chatkit logs
+                        # a traceback after it.
                         await self.store.load_thread(thread_id, context)
                     yield event
         except NotFoundError as error:
@@ -1734,7 +1754,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def stop_turns(self, thread_id: str) -> None:
         """Stop the thread's turns in this process, and wait until they have ended.
 
-        So are the turns that begin meanwhile: one that goes on would save a deleted thread again.
+        Repeat it, because a turn may begin while we wait: it would save a deleted thread again.
         """
         stopped: set[Turn] = set()
         while turns := {turn for turn in self.turns if turn.thread_id == thread_id} - stopped:
@@ -1750,7 +1770,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         server may hear of the message first.
         """
         turns = [turn for turn in self.turns if turn.thread_id == thread_id]
-        await wait_for(turns, seconds=0.05)
+        await wait_for(turns, seconds=DISCONNECT_SECONDS)
         await wait_for([turn for turn in turns if turn.stopped])
 
     async def stop_all_turns(self) -> None:
@@ -1763,7 +1783,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def check(self, request: ChatKitReq, context: Context) -> None:
         """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
 
-        Raises HTTPException (400) or NotFoundError. Some requests are of newer releases of chatkit.
+        It also limits what a request may cost. Raises HTTPException (400 or 409) or NotFoundError.
+        Some requests are of newer releases of chatkit.
         """
         params: Any = request.params  # checked by chatkit's types
         kind: str = request.type
@@ -1936,53 +1957,6 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
     return " ".join(" ".join(part.text for part in message.content).split())
 
 
-def warm_up(models: list[ProviderModel]) -> None:
-    """Do, in a thread, what the first chat of a process does: hundreds of imports.
-
-    On the event loop they would hold up every other chat for most of a second. A canned reply
-    imports what reads replies, and a request to an address where nobody listens what sends them.
-    """
-    for model in models:
-        try:
-            asyncio.run(answer(ProviderModel(model.model, canned_reply="Warm.")))
-            if not model.canned_reply:
-                with socket.socket() as nobody:
-                    nobody.bind(("127.0.0.1", 0))
-                    url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-                    asyncio.run(ask(LitellmModel(model.model, url, "no key")))
-        except Exception as error:  # at the latest because nobody listens
-            if find_fault(error) is SERVER_BUG:
-                log_that_it_cannot_be_used(model, causes_of(error)[-1])
-
-
-def log_that_it_cannot_be_used(model: ProviderModel, cause: BaseException) -> None:
-    hint = ""
-    if isinstance(cause, ImportError) and "mcp" in str(cause):
-        hint = " LiteLLM uses OpenAI's Responses API for it, and mcp 2.2 or newer for that."
-    reason = on_one_line(cause)
-    logger.error("%s cannot be used here: %.300s.%s", model.model, reason, hint)
-
-
-async def answer(model: ProviderModel) -> None:
-    """Answer a message, in a thread that nobody sees."""
-    server = ChatKitServerImpl(MemoryStore())
-    server.agent.model = model
-    message = {"content": [{"type": "input_text", "text": "Hello."}], "attachments": []}
-    params = {"input": {**message, "inference_options": {}}}
-    request = REQUEST.validate_python({"type": "threads.create", "params": params})
-    assert is_streaming_req(request)
-    async for _ in server._process_streaming(request, {}):
-        pass
-
-
-async def ask(model: LitellmModel) -> None:
-    """Ask a model, and nothing else."""
-    settings = ModelSettings(extra_args={"max_retries": 0})
-    agent = Agent("Warm-up", model=model, model_settings=settings)
-    async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
-        pass
-
-
 # ---- The stages of a turn: its events pass through these generators, in the order of `respond`
 
 
@@ -1995,7 +1969,9 @@ async def with_unique_ids(events: Events, turn: Turn) -> Events:
     """
     assert turn.agent_context
     new_id = turn.agent_context.generate_id
-    id_mapping: dict[str, list[str]] = {"__fake_id__": []}  # the model's id -> ours, newest last
+    # The model's id -> ours, newest last. The placeholder is among them from the start: a guardrail
+    # that trips before any message takes it back, too.
+    id_mapping: dict[str, list[str]] = {"__fake_id__": []}
     async for event in events:
         if event.type == "thread.item.added" and event.item.type == "assistant_message":
             ids = id_mapping.setdefault(event.item.id, [])
@@ -2113,6 +2089,56 @@ def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> N
             parts[update.content_index].annotations.append(update.annotation)
         case AssistantMessageContentPartDone():
             parts[update.content_index].text = update.content.text
+
+
+# ---- Warm-up
+
+
+def warm_up(models: list[ProviderModel]) -> None:
+    """Do, in a thread, what the first chat of a process does: hundreds of imports.
+
+    On the event loop they would hold up every other chat for most of a second. A canned reply
+    imports what reads replies, and a request to an address where nobody listens what sends them.
+    """
+    for model in models:
+        try:
+            asyncio.run(answer_unseen(ProviderModel(model.model, canned_reply="Warm.")))
+            if not model.canned_reply:
+                with socket.socket() as nobody:
+                    nobody.bind(("127.0.0.1", 0))
+                    url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+                    asyncio.run(send_request(LitellmModel(model.model, url, "no key")))
+        except Exception as error:  # one is expected: nobody listens
+            if find_fault(error) is SERVER_BUG:
+                log_that_it_cannot_be_used(model, causes_of(error)[-1])
+
+
+def log_that_it_cannot_be_used(model: ProviderModel, cause: BaseException) -> None:
+    hint = ""
+    if isinstance(cause, ImportError) and "mcp" in str(cause):
+        hint = " LiteLLM uses OpenAI's Responses API for it, and mcp 2.2 or newer for that."
+    reason = on_one_line(cause)
+    logger.error("%s cannot be used here: %.300s.%s", model.model, reason, hint)
+
+
+async def answer_unseen(model: ProviderModel) -> None:
+    """Answer a message, in a thread that nobody sees."""
+    server = ChatKitServerImpl(MemoryStore())
+    server.agent.model = model
+    message = {"content": [{"type": "input_text", "text": "Hello."}], "attachments": []}
+    params = {"input": {**message, "inference_options": {}}}
+    request = REQUEST.validate_python({"type": "threads.create", "params": params})
+    assert is_streaming_req(request)
+    async for _ in server._process_streaming(request, {}):
+        pass
+
+
+async def send_request(model: LitellmModel) -> None:
+    """Ask a model, and nothing else."""
+    settings = ModelSettings(extra_args={"max_retries": 0})
+    agent = Agent("Warm-up", model=model, model_settings=settings)
+    async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
+        pass
 
 
 # ---- Routes --------------------------------------------------------------------------------------
@@ -2276,6 +2302,65 @@ async def chatkit_endpoint(request: Request, context: RequestContext) -> Respons
     return Response(content=result.json, media_type="application/json")
 
 
+@app.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+T = TypeVar("T")
+
+
+async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncIterator[T]:
+    """Yield the rows of every page; load_page(after) loads one page."""
+    after = None
+    while True:
+        page = await load_page(after)
+        for row in page.data:
+            yield row
+        if not page.has_more:
+            return
+        after = page.after
+
+
+# Debug endpoint to inspect stored items
+@app.get("/debug/threads")
+async def debug_threads(context: RequestContext) -> Response:
+    # A Store that fails does so here, before the answer has begun.
+    await server.store.load_threads(1, None, "asc", context)
+    return StreamingResponse(debug_json(context), media_type="application/json")
+
+
+async def debug_json(context: Context) -> AsyncIterator[str]:
+    """Yield the JSON in pieces: the whole of it may not fit in memory."""
+    store = server.store
+    before = "{"
+    async for thread in all_rows(lambda after: store.load_threads(100, after, "asc", context)):
+        yield f"{before}{json.dumps(thread.id)}: "
+        async for piece in debug_thread(thread.id, context):
+            yield piece
+        before = ", "
+    yield "{}" if before == "{" else "}"
+
+
+async def debug_thread(thread_id: str, context: Context) -> AsyncIterator[str]:
+    store = server.store
+    count = 0
+    yield '{"items": ['
+    async for item in all_rows(
+        lambda after: store.load_thread_items(thread_id, after, 100, "asc", context)
+    ):
+        yield (", " if count else "") + json.dumps(debug_item(item))
+        count += 1
+    yield f'], "count": {count}}}'
+
+
+def debug_item(item: ThreadItem) -> dict[str, Any]:
+    item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
+    if item.type in ("user_message", "assistant_message") and item.content:
+        item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
+    return item_data
+
+
 # More of ChatKit's options for the page, as a JavaScript object: composer, startScreen, theme, ...
 # https://openai.github.io/chatkit-js/api/openai/chatkit/type-aliases/chatkitoptions lists them.
 # A host other than localhost needs api.domainKey.
@@ -2346,65 +2431,6 @@ PAGE = """<!doctype html>
 async def chatkit_page() -> str:
     """Show the chat in a browser."""
     return PAGE.replace("PAGE_OPTIONS", PAGE_OPTIONS)
-
-
-@app.get("/health")
-async def health() -> dict[str, str]:
-    return {"status": "ok"}
-
-
-T = TypeVar("T")
-
-
-async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncIterator[T]:
-    """Yield the rows of every page; load_page(after) loads one page."""
-    after = None
-    while True:
-        page = await load_page(after)
-        for row in page.data:
-            yield row
-        if not page.has_more:
-            return
-        after = page.after
-
-
-# Debug endpoint to inspect stored items
-@app.get("/debug/threads")
-async def debug_threads(context: RequestContext) -> Response:
-    # A Store that fails does so here, before the answer has begun.
-    await server.store.load_threads(1, None, "asc", context)
-    return StreamingResponse(debug_json(context), media_type="application/json")
-
-
-async def debug_json(context: Context) -> AsyncIterator[str]:
-    """Yield the JSON in pieces: the whole of it may not fit in memory."""
-    store = server.store
-    before = "{"
-    async for thread in all_rows(lambda after: store.load_threads(100, after, "asc", context)):
-        yield f"{before}{json.dumps(thread.id)}: "
-        async for piece in debug_thread(thread.id, context):
-            yield piece
-        before = ", "
-    yield "{}" if before == "{" else "}"
-
-
-async def debug_thread(thread_id: str, context: Context) -> AsyncIterator[str]:
-    store = server.store
-    count = 0
-    yield '{"items": ['
-    async for item in all_rows(
-        lambda after: store.load_thread_items(thread_id, after, 100, "asc", context)
-    ):
-        yield (", " if count else "") + json.dumps(debug_item(item))
-        count += 1
-    yield f'], "count": {count}}}'
-
-
-def debug_item(item: ThreadItem) -> dict[str, Any]:
-    item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
-    if item.type in ("user_message", "assistant_message") and item.content:
-        item_data["content"] = [part.text for part in item.content if hasattr(part, "text")]
-    return item_data
 
 
 # ---- Start ---------------------------------------------------------------------------------------
