@@ -147,14 +147,19 @@ def test_an_agent_with_a_model_of_another_provider(additions, chat, provider, ki
     assert len([line for line in additions.log if line.startswith(f"ERROR:    {message} (")]) >= 1
 
 
-def test_an_agent_whose_model_has_no_key(additions, chat, provider):
-    provider.script["go"] = [[ToolCall("transfer_to_mistral")], [Text("Never.")]]
+def test_an_agent_whose_model_has_no_key(additions, chat, provider, tmp_path):
+    """LiteLLM may find it elsewhere, except for the three defaults: the provider has the word."""
+    provider.script["go"] = [[ToolCall("transfer_to_mistral")], [Failure("key")]]
     message = error_of(chat.say("go")).message
-    assert message == "This server has no MISTRAL_API_KEY. Set it, or try PROVIDER=mock."
+    assert message == "The AI provider refused the key. Check MISTRAL_API_KEY."
     line = f"thread={chat.thread_id} provider=mistral model=mistral/m end=fault "
     log = additions.wait_for(line)
-    assert f"ERROR:    {message}\n" in log
-    assert len(provider.requests) == 1
+    assert f"ERROR:    {message} (" in log
+    # Of the defaults, each model misses the key of its own provider.
+    main = load_main(tmp_path, {"PROVIDER": "openai"})
+    assert main.model.missing_key == "OPENAI_API_KEY"
+    other = main.models.get_model("anthropic/claude-sonnet-4-6")
+    assert other.missing_key == "ANTHROPIC_API_KEY"
 
 
 def test_other_model_settings_lose_nothing(tmp_path, additions, provider):
