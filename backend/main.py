@@ -302,7 +302,7 @@ from openai.types.responses import (
 from openai.types.responses.response_input_item_param import FunctionCallOutput, Message
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -320,6 +320,8 @@ MAX_IDS = 100  # a message's attachments, or the items of a feedback
 MAX_TITLE = 1_000  # characters of a thread's title
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
 PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here; so does what the model sees of them
+BODY_SECONDS = 60  # a request's body must arrive within this time
+READ_SECONDS = 60  # a client that reads nothing of a stream for so long is cut off
 SILENCE_SECONDS = 15  # a silent stream then sends a heartbeat; many proxies close it after 60
 SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM, or after a stop
 DISCONNECT_SECONDS = 0.05  # the news that a client has left may come later than its next message
@@ -2267,16 +2269,59 @@ RequestContext = Annotated[Context, Depends(request_context)]
 
 
 async def request_body(request: Request) -> bytes:
-    """Return the body. Raises HTTPException (413) as soon as it exceeds MAX_BODY_BYTES."""
+    """Return the body.
+
+    Raises HTTPException: 413 as soon as it exceeds MAX_BODY_BYTES, and 408 after BODY_SECONDS.
+    """
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
+    try:
+        with anyio.fail_after(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
+    except TimeoutError:
+        reason = f"The request did not arrive within {BODY_SECONDS} seconds."
+        raise HTTPException(408, reason, headers={"Connection": "close"}) from None
     return bytes(body)
 
 
-class EventStream(StreamingResponse):
+class TimedStream(StreamingResponse):
+    """A streamed response. Its client is cut off if it reads nothing for READ_SECONDS.
+
+    uvicorn would wait for ever, with what there is to send in memory.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # uvicorn's `receive` is a method of the object that holds the connection.
+        cycle = getattr(receive, "__self__", None)
+        self.connection: Any = getattr(cycle, "transport", None)
+        await super().__call__(scope, receive, send)
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Any) -> None:
+            self.watch()
+            try:
+                await send(message)  # waits while too much is unread
+            finally:
+                self.timer.cancel()
+
+        await super().stream_response(send_in_time if self.connection else send)
+
+    def watch(self) -> None:
+        unread = self.connection.get_write_buffer_size()
+        loop = asyncio.get_running_loop()
+        self.timer = loop.call_later(READ_SECONDS, self.look_again, unread)
+
+    def look_again(self, unread: int) -> None:
+        if self.connection.get_write_buffer_size() < unread:
+            self.watch()
+        else:
+            logger.warning("A client that read nothing for %s s was cut off.", READ_SECONDS)
+            self.connection.abort()  # the rest happens as if the client had left
+
+
+class EventStream(TimedStream):
     """The events of a turn, which is stopped when the client leaves.
 
     Starlette then cancels the response. If that happens while it sends, it forgets the iterator.
@@ -2327,7 +2372,7 @@ async def all_rows(load_page: Callable[[str | None], Awaitable[Page[T]]]) -> Asy
 async def debug_threads(context: RequestContext) -> Response:
     # A Store that fails does so here, before the answer has begun.
     await server.store.load_threads(1, None, "asc", context)
-    return StreamingResponse(debug_json(context), media_type="application/json")
+    return TimedStream(debug_json(context), media_type="application/json")
 
 
 async def debug_json(context: Context) -> AsyncIterator[str]:
@@ -2465,6 +2510,7 @@ def serve() -> None:
         host=HOST,
         port=PORT,
         workers=WORKERS,
+        http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
     )
 

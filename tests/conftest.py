@@ -149,6 +149,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "azure": {"PROVIDER": "azure", "MODEL": "gpt-4o"},
     "gpt-oss": {"PROVIDER": "openai", "MODEL": "openai/gpt-oss-20b"},
     "codex": {"PROVIDER": "openai", "MODEL": "gpt-5-codex"},
+    "impatient": {"PROVIDER": "openai"},
 }
 # Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = (
@@ -176,6 +177,7 @@ CHANGES = {
     "stopped_streaming": {**SOON, **ON_SQLITE},
     "served_streaming": {**SOON, **ON_SQLITE},
     **{f"durable_{name}": ON_SQLITE for name in PROVIDERS},
+    "impatient": {"BODY_SECONDS = 60": "BODY_SECONDS = 1", "READ_SECONDS = 60": "READ_SECONDS = 1"},
 }
 # What runs in main.py's place, by the first word of the server's name.
 PROGRAMS = {

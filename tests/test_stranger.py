@@ -4,9 +4,10 @@ import asyncio
 import http.client
 import json
 import random
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from unittest.mock import Mock
 
@@ -15,7 +16,7 @@ import pytest
 from agents import function_tool
 from chatkit.store import NotFoundError
 
-from client import NO_TLS, Chat, memory, message
+from client import NO_TLS, Chat, memory, message, until
 from conftest import USERS
 from provider import Pause, Silence, Text, ToolCall
 
@@ -329,6 +330,111 @@ def test_no_redirect_to_a_host_of_the_clients_choice(server, path):
             method, f"{server.url}{path}", verify=NO_TLS, headers={"Host": "evil.example"}
         )
         assert response.status_code == 404 and "location" not in response.headers
+
+
+# ---- Connections that take their time -------------------------------------------
+
+
+@pytest.fixture
+def impatient(servers):
+    """A server whose BODY_SECONDS and READ_SECONDS are 1."""
+    return servers("impatient")
+
+
+def begun(server, start: bytes, holds: int = 4096) -> socket.socket:
+    """A connection on which this much of a request has been sent, and what it holds unread."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, holds)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(start)
+    return connection
+
+
+def head(path: str, length: int) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    answer = b""
+    while part := connection.recv(65536):
+        answer += part
+    return answer
+
+
+@pytest.mark.parametrize("drops", [0, 20], ids=["silent", "dripping"])
+def test_a_body_that_does_not_arrive(impatient, provider, drops):
+    """A 408, and the connection is closed, also for a client that sends a byte now and then."""
+    body = create([text("hello")])
+    with impatient.no_new(*NO_TRACE), begun(impatient, head("/chatkit", len(body) + 99)) as client:
+        client.sendall(body)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(drops):
+                time.sleep(0.1)
+                client.sendall(b" ")
+        with suppress(ConnectionResetError):  # if drops came after the end
+            answer = received(client)
+            assert answer.startswith(b"HTTP/1.1 408 ") and b"within 1 seconds" in answer
+    assert not provider.requests
+
+
+async def test_a_client_that_reads_nothing(impatient, provider):
+    """The connection is cut off; the turn is stopped, and what it had is stored."""
+    piece = "x" * 100_000
+    provider.script["go"] = [[*[Text(piece) for _ in range(200)], Silence()]]
+    chat = Chat(impatient.url)
+    chat.say("hello")
+    body = as_json("threads.add_user_message", thread_id=chat.thread_id, input=message("go"))
+    with impatient.no_new(*NO_TRACE), begun(impatient, head("/chatkit", len(body)) + body):
+        impatient.wait_for("read nothing for 1 s", seconds=20)
+        assert await asyncio.to_thread(provider.requests[-1].closed.wait, 5)
+        await until(lambda: chat.debug()[-1]["type"] == "SDKHiddenContextItem")
+    asked, reply = chat.items()[-2:]
+    assert asked["content"][0]["text"] == "go"
+    assert set(reply["content"][0]["text"]) == {"x"}
+
+
+def test_a_client_that_reads_slowly_is_served(impatient, provider):
+    """It takes longer than READ_SECONDS for all of it, but it reads something all the time."""
+    provider.script["go"] = [[Text("x" * 100_000) for _ in range(120)]]
+    body = create([text("go")])
+    with begun(impatient, head("/chatkit", len(body)) + body, 100_000) as client:
+        answer, began = b"", time.monotonic()
+        while not answer.endswith(b"\r\n0\r\n\r\n"):
+            part = client.recv(1_000_000)
+            assert part, answer[-1000:]
+            answer += part
+            if time.monotonic() - began < 3:
+                time.sleep(0.02)
+    assert answer.count(b'"delta":"xxx') == 120
+
+
+def test_a_debug_page_that_is_not_read(impatient, provider):
+    provider.script["go"] = [[Text("x" * 500_000)]]
+    chat = Chat(impatient.url)
+    for _ in range(20):
+        chat.say("go")
+    with impatient.no_new(*NO_TRACE):
+        times = "\n".join(impatient.log).count("read nothing")
+        with begun(impatient, b"GET /debug/threads HTTP/1.1\r\nHost: x\r\n\r\n"):
+            impatient.wait_for("read nothing for 1 s", times + 1, seconds=20)
+    chat.get("threads.delete", thread_id=chat.thread_id)
+
+
+@pytest.mark.parametrize("line", [b"x-y: " + b"a" * 80 + b"\r\n", b"a" * 80], ids=["many", "long"])
+def test_headers_without_end(impatient, line):
+    """The connection is closed before they take memory."""
+
+    def send_24_megabytes() -> None:
+        for _ in range(300):
+            client.sendall(line * 1000)
+
+    before = memory(impatient)
+    with begun(impatient, b"GET /health HTTP/1.1\r\nHost: x\r\nx: ") as client:
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_24_megabytes()
+        assert memory(impatient) - before < 4 * 1024
 
 
 # ---- Requests that meet ---------------------------------------------------------
