@@ -969,12 +969,13 @@ class ProviderStream(AsyncIterator[litellm.ModelResponseStream]):
             source._decoder = events  # type: ignore[assignment]
 
     async def __anext__(self) -> litellm.ModelResponseStream:
-        # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
-        # block all other chats.
-        await asyncio.sleep(0)
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
                 chunk: litellm.ModelResponseStream = await anext(self.stream)
+            # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
+            # block all other chats. Not before the first chunk: LiteLLM 1.106 cannot close
+            # Anthropic's connection before something was read from it.
+            await asyncio.sleep(0)
         except StopAsyncIteration:
             self.check_end()
             raise

@@ -50,6 +50,8 @@ def shown(events: list) -> str:
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
 
 
+NAMES = ["gemini/gemini-flash-latest", "openai/gpt-4o", "anthropic/claude-sonnet-4-6"]
+
 # ---- Every event of a turn ------------------------------------------------------
 
 # The pieces of a turn with a thought, a text, a tool and a text after it, each with what is shown
@@ -323,6 +325,43 @@ async def test_a_run_that_is_cancelled_twice(main, monkeypatch):
     assert task.cancelled()
     network.set()
     await asyncio.wait_for(closed.wait(), 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_leaving_between_the_answer_and_its_first_chunk(main, provider, monkeypatch, name):
+    """The provider's connection is closed, though nothing was read from it."""
+
+    class Left(main.ProviderStream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            asyncio.current_task().cancel()
+
+    async def read() -> None:
+        async for _ in model.stream_response(
+            None,
+            "go",
+            ModelSettings(),
+            [],
+            None,
+            [],
+            ModelTracing.DISABLED,
+            previous_response_id=None,
+        ):
+            pass
+
+    monkeypatch.setattr(main, "ProviderStream", Left)
+    provider.script["go"] = [[Text("one "), Silence()]]
+    kind = name.partition("/")[0]
+    model = main.ProviderModel(model=name, base_url=f"{provider.url}/{kind}", api_key="key")
+    gc.disable()
+    try:
+        task = asyncio.create_task(read())
+        await asyncio.wait([task])
+        assert task.cancelled()
+        for request in provider.requests:
+            assert await asyncio.to_thread(request.closed.wait, 1)
+    finally:
+        gc.enable()
 
 
 async def test_a_chat_left_in_silence_ends_at_once(chat, server, provider):
