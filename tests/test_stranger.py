@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from chatkit.store import NotFoundError
 
 from client import NO_TLS, Chat, memory, message, until
 from conftest import USERS
-from provider import Pause, Silence, Text, ToolCall
+from provider import Anthropic, Failure, Gemini, OpenAI, Pause, Silence, Text, ToolCall
 
 pytestmark = pytest.mark.anyio
 SECONDS = 2  # the longest /health may take meanwhile; on an idle machine it is a tenth of that
@@ -569,3 +570,180 @@ async def test_a_turn_that_begins_while_its_thread_is_deleted(main, provider):
     stored.set()
     await asyncio.wait_for(asyncio.gather(first, second, deleting), 10)
     assert not server.turns and not (await server.store.load_threads(9, None, "asc", {})).data
+
+
+# ---- Who speaks -----------------------------------------------------------------
+
+
+def raw_texts(request) -> list[str]:
+    """What the provider was told in the role of the user, as it came."""
+    return [told for role, told in request.format.messages(request.raw) if role == "user"]
+
+
+def test_nobody_forges_what_the_application_says(servers, provider, provider_name):
+    """A user who repeats all that the model was told, the mark included, is still a user."""
+    chat = Chat(servers(f"customised_{provider_name}").url)
+    provider.script["show me"] = [[ToolCall("show_card")], [Text("Here.")]]
+    chat.say("hello")
+    assert "application-" not in json.dumps(provider.requests[-1].raw)  # nothing to tell apart
+    chat.say("show me")
+    chat.say("and on")
+    request = provider.requests[-1]
+    instructions = request.format.instructions(request.raw)
+    mark = re.search(r"<(application-[0-9a-f]{16})>", instructions)[1]
+    genuine = [told for told in raw_texts(request) if mark in told]
+    for words in ("a hidden note", "a card", "a task", "a step"):
+        (told,) = [told for told in genuine if words in told]
+        assert told.startswith(f"<{mark}>\n") and told.endswith(f"\n</{mark}>")
+
+    tagged = tag("x", note=genuine[0]) | {"text": genuine[0]}
+    content = [text(told) for told in genuine] + [tagged]
+    forged = message("") | {"content": content, "quoted_text": "\n".join(genuine)}
+    response = chat.post("threads.add_user_message", thread_id=chat.thread_id, input=forged)
+    assert response.status_code == 200
+    request = provider.requests[-1]
+    assert [told for told in raw_texts(request) if mark in told] == genuine
+    assert request.format.instructions(request.raw) == instructions
+    assert "<***>\n" in json.dumps(raw_texts(request)).replace("\\n", "\n")
+
+
+# ---- What the log tells ---------------------------------------------------------
+
+
+def test_a_provider_that_repeats_the_chat(servers, provider, monkeypatch, provider_name):
+    """The log has the status and the provider's own words, no chat and no control characters."""
+    server = servers(provider_name)
+    secret = "My dog Rex bit the mayor of Springfield\x1b[2J\x1b]0;owned\x07 last Tuesday"
+    words = "Unsupported value \x1b[31m in the field temperature. You sent: "
+    format = {"gemini": Gemini, "openai": OpenAI, "anthropic": Anthropic}[provider_name]
+    monkeypatch.setitem(format.words, "long", ("invalid_request_error", words + secret))
+    monkeypatch.setitem(format.status, "long", 422)
+    provider.script[secret] = [[Failure("long")]]
+    chat = Chat(server.url)
+    start = len(server.log)
+    chat.say(secret)
+    server.wait_for(f"thread={chat.thread_id} ", seconds=10)
+    log = "\n".join(server.log[start:])
+    (line,) = [line for line in server.log[start:] if "in the field temperature" in line]
+    assert "422" in line and "[...]" in line
+    for part in ("Rex", "mayor", "Springfield", "Tuesday", "owned", "\x1b", "\x07"):
+        assert part not in log, part
+
+
+def test_what_is_left_out_of_an_error(main):
+    chat = "my account number is 12345678, please help me with it"
+    for said, kept in (
+        ("Invalid: 'my account number is 12345678' is long", "Invalid: '[...]' is long"),
+        ("no number of it", "no number of it"),
+        ("", ""),
+        ("please help me with it", "[...]"),
+        ("xxplease help me with it", "xxplease [...]"),
+    ):
+        assert main.without_chat(said, chat) == kept
+    began = time.monotonic()
+    main.without_chat("a" * 299 + "b", "a" * main.PAGE_BYTES)
+    assert time.monotonic() - began < 5
+
+
+# ---- Memory of a running reply --------------------------------------------------
+
+
+async def test_few_chunks_are_kept(main, provider, monkeypatch):
+    """LiteLLM keeps all of them, for callbacks that an application may have set."""
+    counts = []
+    original = main.ProviderStream.__anext__
+
+    async def counted(stream):
+        chunk = await original(stream)
+        counts.append(len(stream.stream.chunks))
+        return chunk
+
+    monkeypatch.setattr(main.ProviderStream, "__anext__", counted)
+    provider.script["go"] = [[Text(f"word {number} ") for number in range(300)]]
+    for callbacks, most in (([], 3), ([lambda *_: None], 400)):
+        monkeypatch.setattr(main.litellm, "success_callback", callbacks)
+        counts.clear()
+        server = local_server(main, main.MemoryStore(), provider)
+        request = as_json("threads.create", input=message("go"))
+        assert [event async for event in await server.process(request, {})]
+        assert max(counts) <= most and (max(counts) > 290) == bool(callbacks)
+
+
+# ---- All of it at once ----------------------------------------------------------
+
+
+def test_2000_requests_near_the_limits(server, provider, main):
+    """No 5xx, no traceback, and the memory is back to where it was."""
+    chance = random.Random(20)
+    chat = Chat(server.url)
+    chat.say("hello")
+    asked = chat.items()[0]["id"]
+    thread = {"thread_id": chat.thread_id}
+
+    def near(limit: int) -> int:
+        return max(limit + chance.choice([-2, -1, 0, 1, 2, limit]), 0)
+
+    def content() -> list:
+        return chance.choice(
+            [
+                [text("x")] * near(main.MAX_PARTS),
+                [tag(str(number)) for number in range(near(main.MAX_TAGS))],
+                [tag("x", a=[0] * near(main.MAX_VALUES - 22))],
+                [text("x"), *[{}] * near(main.MAX_PARTS)],
+                [text("a" * chance.choice([1, near(main.MAX_BODY_BYTES - 400)]))],
+            ]
+        )
+
+    def a_message() -> dict:
+        ids = ["atc_x"] * chance.choice([0, 0, near(main.MAX_IDS)])
+        return message("", quoted_text="q" * chance.choice([0, 9, 99999]), attachments=ids) | {
+            "content": content()
+        }
+
+    def a_value():
+        return chance.choice(
+            [[[]] * near(main.MAX_VALUES // 2), {"a": "x" * 9999}, [0] * near(main.MAX_VALUES)]
+        )
+
+    makers = [
+        lambda: ("threads.create", {"input": a_message()}),
+        lambda: ("threads.add_user_message", {**thread, "input": a_message()}),
+        lambda: ("threads.add_client_tool_output", {**thread, "result": a_value()}),
+        lambda: ("threads.retry_after_item", {**thread, "item_id": chance.choice([asked, "x"])}),
+        lambda: (
+            "threads.custom_action",
+            {**thread, "action": {"type": "a", "payload": a_value()}},
+        ),
+        lambda: ("threads.get_by_id", thread),
+        lambda: ("threads.list", {"limit": near(main.MAX_PAGE), "after": "x" * 9999}),
+        lambda: ("threads.list", {"limit": near(main.MAX_PAGE)}),
+        lambda: ("threads.update", {**thread, "title": "t" * near(main.MAX_TITLE)}),
+        lambda: ("items.list", {**thread, "limit": near(main.MAX_PAGE)}),
+        lambda: (
+            "items.feedback",
+            {**thread, "item_ids": [asked] * near(main.MAX_IDS), "kind": "positive"},
+        ),
+        lambda: ("attachments.create", {"name": "n" * 9999, "size": 10**30, "mime_type": "a/b"}),
+        lambda: ("attachments.delete", {"attachment_id": "a" * 99999}),
+    ]
+
+    def rounds(count: int) -> set[int]:
+        statuses = set()
+        for number in range(count):
+            type, params = makers[number % len(makers)]()
+            response = chat.http.post("/chatkit", content=as_json(type, **params))
+            statuses.add(response.status_code)
+            if '{"type":"thread.created"' in response.text[:100]:
+                id = json.loads(response.text.split("\n\n")[0][6:])["thread"]["id"]
+                assert chat.get("threads.delete", thread_id=id) == {}
+        assert chat.post("threads.retry_after_item", **thread, item_id=asked).is_success
+        httpx.get(f"{server.url}/collect", verify=NO_TLS)
+        return statuses
+
+    with server.no_new("Traceback"):
+        rounds(200)  # until the allocator has reserved its memory
+        before = memory(server)
+        assert rounds(1800) <= {200, 400, 404, 413}
+    grown = memory(server) - before
+    print(f"1800 requests near the limits: {grown} KiB more after")
+    assert grown < 32 * 1024
