@@ -551,6 +551,20 @@ def test_no_error_event_for_an_error_outside_a_turn(custom_chat, customised, pro
     assert [text_of(item) for item in done(custom_chat.say("and on"))] == ["You said: and on"]
 
 
+async def test_a_deleted_thread_leaves_a_traceback(main, caplog):
+    """chatkit logs one if another process deletes the thread, and tells the client nothing."""
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    request = {"type": "threads.create", "params": {"input": message("hello")}}
+    events = []
+    async for event in await server.process(main.json.dumps(request).encode(), {}):
+        events.append(event)
+        if b"text_delta" in event:
+            thread_id = main.json.loads(events[0][6:])["thread"]["id"]
+            await server.store.delete_thread(thread_id, {})
+    assert b'"type":"error"' in events[-1] and b"was deleted meanwhile" in events[-1]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def test_a_type_adapter_per_request(main, monkeypatch):
     """chatkit's process builds one for every request, which takes about 20 ms."""
     monkeypatch.delattr("chatkit.server.TypeAdapter")
