@@ -94,8 +94,11 @@ ROOT_DIR = Path(__file__).resolve().parent.parent
 ENV_FILES = [ROOT_DIR / ".env", Path(__file__).resolve().parent / ".env"]
 ENV_FILE = next((file for file in ENV_FILES if file.is_file()), None)
 load_dotenv(ENV_FILE or ENV_FILES[0])
-# LiteLLM would download its price map when it is imported.
+# LiteLLM would download its price map when it is imported, and a list of headers for Claude on
+# Bedrock later. Newer releases have one setting for all that they download.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS", "True")
+os.environ.setdefault("LITELLM_OFFLINE_MODE", "True")
 # openai-agents would upload traces of every chat to OpenAI.
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
 # LiteLLM would let a process have 500 connections to a provider, and 1,000 in all: the 501st chat
