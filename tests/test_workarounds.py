@@ -15,6 +15,7 @@ import time
 import weakref
 from contextvars import ContextVar
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import litellm
@@ -416,6 +417,7 @@ async def test_a_fast_reply_does_not_block_others(main):
 
     class Buffered:
         completion_stream, received_finish_reason = None, "stop"
+        chunks: ClassVar[list] = []
 
         def __aiter__(self):
             return self
