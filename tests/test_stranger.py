@@ -645,30 +645,6 @@ def test_what_is_left_out_of_an_error(main):
     assert time.monotonic() - began < 5
 
 
-# ---- Memory of a running reply --------------------------------------------------
-
-
-async def test_few_chunks_are_kept(main, provider, monkeypatch):
-    """LiteLLM keeps all of them, for callbacks that an application may have set."""
-    counts = []
-    original = main.ProviderStream.__anext__
-
-    async def counted(stream):
-        chunk = await original(stream)
-        counts.append(len(stream.stream.chunks))
-        return chunk
-
-    monkeypatch.setattr(main.ProviderStream, "__anext__", counted)
-    provider.script["go"] = [[Text(f"word {number} ") for number in range(300)]]
-    for callbacks, most in (([], 3), ([lambda *_: None], 400)):
-        monkeypatch.setattr(main.litellm, "success_callback", callbacks)
-        counts.clear()
-        server = local_server(main, main.MemoryStore(), provider)
-        request = as_json("threads.create", input=message("go"))
-        assert [event async for event in await server.process(request, {})]
-        assert max(counts) <= most and (max(counts) > 290) == bool(callbacks)
-
-
 # ---- All of it at once ----------------------------------------------------------
 
 

@@ -445,6 +445,30 @@ async def test_a_fast_reply_does_not_block_others(main):
     assert order[100:].count("chunk") > 25
 
 
+async def test_every_chunk_is_kept(main, provider, monkeypatch):
+    """LiteLLM keeps all of a running reply, for callbacks that an application may have set."""
+    kept = []
+    original = main.ProviderStream.__anext__
+
+    async def counting(stream):
+        chunk = await original(stream)
+        kept.append(len(stream.stream.chunks))
+        return chunk
+
+    monkeypatch.setattr(main.ProviderStream, "__anext__", counting)
+    provider.script["go"] = [[Text(f"word {number} ") for number in range(300)]]
+    request = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = main.ProviderModel(
+        model="openai/gpt-4o", base_url=f"{provider.url}/openai", api_key="key"
+    )
+    for callbacks in ([], [lambda *_: None]):
+        monkeypatch.setattr(main.litellm, "success_callback", callbacks)
+        kept.clear()
+        assert [event async for event in await server.process(request.encode(), {})]
+        assert (max(kept) > 290) if callbacks else (max(kept) <= 3)
+
+
 # ---- Clients that leave ---------------------------------------------------------
 
 
