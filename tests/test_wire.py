@@ -385,7 +385,7 @@ def test_a_mistake_in_the_server(servers, provider):
     error = error_of(chat.say("a mistake in the server"))
     assert "The server's log has the reason" in error.message and not error.allow_retry
     assert "provider is unavailable" not in error.message
-    server.wait_for("a mistake in customised.py")
+    server.wait_for("customised.py is wrong")
     assert provider.requests == []
     assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
 

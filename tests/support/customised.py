@@ -328,7 +328,7 @@ main.store.load_thread_items = load_thread_items
 def completion(*args, original=main.litellm.main.completion, **kwargs):
     """LiteLLM prepares a request in a thread; some take their time."""
     if "a mistake in the server" in str(kwargs["messages"][-1]):
-        raise TypeError("a mistake in customised.py")
+        raise TypeError("customised.py is wrong")
     slow = "slow to prepare" in str(kwargs.get("messages"))
     if slow:
         print("preparing", flush=True)
