@@ -250,4 +250,5 @@ async def test_no_message_is_copied_for_each_delta(main, monkeypatch):
     server = main.ChatKitServerImpl(main.MemoryStore())
     request = {"type": "threads.create", "params": {"input": message("hello")}}
     events = [event async for event in await server.process(json.dumps(request).encode(), {})]
-    assert len([event for event in events if b"text_delta" in event]) > 1 and not copies
+    assert len([event for event in events if b"text_delta" in event]) > 2
+    assert len(copies) <= 1  # newer releases of chatkit copy a message when it begins

@@ -315,7 +315,8 @@ def test_any_origin_unless_some_are_named(server):
         httpx.get(f"{server.url}/debug/threads", verify=NO_TLS, headers=headers),
     ):
         assert response.status_code in (200, 400)
-        assert response.headers["access-control-allow-origin"] == "*"
+        # Newer releases of Starlette name the origin, because of the credentials.
+        assert response.headers["access-control-allow-origin"] in ("*", headers["Origin"])
 
 
 def test_the_documentation_is_closed_when_a_token_is_needed(strict, server):
