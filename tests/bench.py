@@ -382,9 +382,9 @@ def round_trips(main, database) -> tuple[str, None]:
     from postgres_store import PostgresStore
 
     class Counted(PostgresStore):
-        async def rows_once(self, statement, values):
+        async def rows_once(self, *arguments):
             sent.append(sys._getframe(1).f_back.f_code.co_name)
-            return await super().rows_once(statement, values)
+            return await super().rows_once(*arguments)
 
     async def turns() -> None:
         store = Counted(database.schema())
