@@ -25,8 +25,8 @@ venv: $(VENV)/installed  ## Create backend/.venv with the tested versions (the o
 run: venv  ## Run the server; for example make run PROVIDER=mock PORT=9000
 	@exec $(VENV)/bin/python backend/main.py
 
-test: venv  ## Run the tests
-	$(VENV)/bin/python -m pytest -q tests
+test: venv  ## Run the tests, in two processes side by side
+	$(VENV)/bin/python tests/support/halves.py
 
 test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with two workers
 	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
@@ -37,7 +37,7 @@ postgres: venv
 
 test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
-	$(LATEST)/bin/python -m pytest -q tests
+	$(LATEST)/bin/python tests/support/halves.py
 
 test-browser: venv  ## Test the page at /chatkit in a browser (apt-get install chromium)
 	@$(VENV)/bin/python -m pip install -q -r tests/requirements-browser.txt -c backend/constraints.txt

@@ -116,6 +116,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         for name in PROVIDERS
     },
     **{name: {"PROVIDER": name} for name in PROVIDERS},
+    "as_by_a_user": {"PROVIDER": "gemini"},
     **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
@@ -162,7 +163,7 @@ ON_POSTGRES = (
     "stopped_busy",
 )
 # These start as a user starts them, the others as forks of a process that has done the imports.
-NEW_PROCESSES = ("gemini", "env_file")
+NEW_PROCESSES = ("as_by_a_user", "env_file")
 # What differs in main.py from the original.
 SOON = {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}
 ON_SQLITE = {
@@ -196,7 +197,7 @@ def servers(request, provider, database, tmp_path_factory):
     """servers(name): the server of that name, started."""
     running: dict[str, Future[Server]] = {}
     sqlite = tmp_path_factory.mktemp("sqlite") / "chat.sqlite"
-    eager = [name for name in SERVERS if not database or name.startswith(ON_POSTGRES)]
+    eager = [name for name in SERVERS if database and name.startswith(ON_POSTGRES)]
 
     def launched(name: str) -> Server:
         folder = tmp_path_factory.mktemp(name)
@@ -204,7 +205,7 @@ def servers(request, provider, database, tmp_path_factory):
             (folder / ".env").write_text("PROVIDER=mock\nPORT=1\nMODEL=\n")
         program = PROGRAMS.get(name.partition("_")[0])
         environment = {**provider.environment(), "DATABASE": str(sqlite), **SERVERS[name]}
-        if database and name in eager:
+        if name in eager:
             environment["DATABASE_URL"] = database.pooled() or database.schema()
             environment["WORKERS"] = "2"
         fork = name not in NEW_PROCESSES
@@ -217,11 +218,9 @@ def servers(request, provider, database, tmp_path_factory):
                 running[name] = pool.submit(launched, name)
             return running[name].result()
 
-        # Importing LiteLLM takes seconds: for the whole suite all servers start side by side,
-        # and `main` with them.
+        # Their workers take seconds to import LiteLLM: for the whole suite they start side by side.
         if len(request.session.items) > 200:
             running.update((name, pool.submit(launched, name)) for name in eager)
-            request.getfixturevalue("main")
         yield start
     all_running = {
         name: future.result() for name, future in running.items() if not future.exception()

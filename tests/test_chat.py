@@ -88,7 +88,7 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider, main):
 
 def test_a_long_conversation_keeps_its_newest_part(servers, provider, main):
     """With each provider; at once, as this takes longer than any other test."""
-    turns = main.HISTORY_ITEMS // 2 + 60
+    turns = main.HISTORY_ITEMS // 2 + 10
 
     def talk(name: str) -> None:
         chat = Chat(servers(name).url)

@@ -445,7 +445,7 @@ async def test_six_hundred_silent_streams(servers, provider, database):
     """A new chat does not wait for one of them, as with LiteLLM's limit of 500 it would."""
     if database:
         pytest.skip("two workers share the streams, and each has fewer than 500")
-    server = servers("gemini")  # a new process: LiteLLM reads the limit when it is imported
+    server = servers("as_by_a_user")  # a new process: LiteLLM reads the limit when it is imported
     provider.script["silent"] = [[Text("word "), Pause(600)]]
     body = json.dumps({"type": "threads.create", "params": {"input": message("silent")}})
     request = f"POST /chatkit HTTP/1.1\r\nHost: _\r\nContent-Length: {len(body)}\r\n\r\n{body}"

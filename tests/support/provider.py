@@ -815,7 +815,7 @@ class Provider:
         try:
             for piece in body.pieces:
                 yield piece if isinstance(piece, bytes) else json.dumps(piece).encode()
-                await asyncio.sleep(0.02)  # otherwise two pieces may arrive as one
+                await asyncio.sleep(0.005)  # otherwise two pieces may arrive as one
             if body.cut:
                 raise ConnectionError("cut on purpose")
             seen.complete = True
