@@ -107,14 +107,19 @@ os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "10000")
 os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "10000")
 
 
-def remove_blank_keys() -> None:
-    """LiteLLM would send a blank key to the provider. docker compose leaves them."""
+def clean_keys() -> None:
+    """LiteLLM would send a blank key, which docker compose leaves, to the provider.
+
+    A key that comes from a file may end with a line break, which no header may hold.
+    """
     for name, value in list(os.environ.items()):
-        if name.endswith("_API_KEY") and not value.strip():
-            del os.environ[name]
+        if name.endswith("_API_KEY"):
+            os.environ[name] = value.strip()
+            if not value.strip():
+                del os.environ[name]
 
 
-remove_blank_keys()
+clean_keys()
 
 import httpx
 import litellm
@@ -828,7 +833,9 @@ class ProviderModel(LitellmModel):
             self.unset[-1] if self.unset and self.provider in DEFAULT_MODELS else None
         )
         self.key_name = f"{self.provider.upper()}_API_KEY"
-        if self.key_name not in [*os.environ, *self.unset]:  # more than one, or by another name
+        # It may be more than one, or have another name; LiteLLM prefers Google's to Gemini's.
+        prefers_google = self.provider == "gemini" and "GOOGLE_API_KEY" in os.environ
+        if self.key_name not in [*os.environ, *self.unset] or prefers_google:
             self.key_name = f"this server's credentials for {self.provider}"
         # Log lines count the tokens. LiteLLM refuses `stream_options`, which asks for them, for
         # two providers.
@@ -855,10 +862,14 @@ class ProviderModel(LitellmModel):
             raise self.log_fault(
                 f"This server has no {self.missing_key}. Set it, or try PROVIDER=mock.", False
             )
-        # An agent that was made without a model has the reasoning effort of OpenAI's default model,
-        # which other models refuse.
-        if model_settings == get_default_model_settings():
-            model_settings = ModelSettings()
+        # An agent that was made without a model has the reasoning effort and the verbosity of
+        # OpenAI's default model, which other models refuse.
+        default = get_default_model_settings()
+        if (model_settings.reasoning, model_settings.verbosity) == (
+            default.reasoning,
+            default.verbosity,
+        ):
+            model_settings = replace(model_settings, reasoning=None, verbosity=None)
         model_settings = self.settings.resolve(model_settings)
         fetch: Any = super()._fetch_response  # its overloads allow no *args
         try:
@@ -928,7 +939,7 @@ class ProviderModel(LitellmModel):
     ) -> ProviderFault:
         """Return a ProviderFault with this message, after a line in the log with its cause."""
         if error:
-            logger.error("%s (%s)", message, cause_of(error))
+            logger.error("%s (%s)", message, cause_of(error, self.api_key))
         else:
             logger.error("%s", message)
         if turn := Turn.current.get(None):
@@ -945,7 +956,7 @@ def unset_variables(model: str) -> list[str]:
     return [name for name in names if not os.getenv(name)]
 
 
-def cause_of(error: Exception) -> str:
+def cause_of(error: Exception, key: str | None) -> str:
     """Return the error for the log: its class, status and code, and 300 characters of its message.
 
     Some providers repeat what was said in the chat: that is left out.
@@ -957,15 +968,18 @@ def cause_of(error: Exception) -> str:
     ]
     turn = Turn.current.get(None)
     chat = texts_of(turn.run.to_input_list()) if turn and turn.run else ""
-    text = without_chat(on_one_line(error)[:300], printable(chat))
+    text = without_chat(on_one_line(error, key)[:300], printable(chat))
     return f"{' '.join(str(name) for name in names if name)}: {text}"
 
 
 def texts_of(value: Any) -> str:
-    """Return all texts in the model's input."""
+    """Return all texts in the model's input. The data of images, megabytes each, are none."""
     if isinstance(value, dict):
         value = list(value.values())
-    return " ".join(map(texts_of, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(texts_of, value))
+    text = str(value)
+    return "" if text.startswith("data:") else text
 
 
 def without_chat(text: str, chat: str) -> str:
@@ -984,7 +998,7 @@ def without_chat(text: str, chat: str) -> str:
     return kept
 
 
-def on_one_line(error: BaseException) -> str:
+def on_one_line(error: BaseException, key: str | None = None) -> str:
     """Return what the error says, with asterisks in place of every key: some providers repeat it.
 
     LiteLLM ends some errors with a traceback, and some hold the provider's JSON as it came.
@@ -992,12 +1006,16 @@ def on_one_line(error: BaseException) -> str:
     text = str(error).partition("Traceback (most recent call last)")[0]
     text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
     text = printable(text)
-    for name, value in os.environ.items():
-        if name.endswith("_API_KEY"):
-            text = text.replace(value, "***")
+    keys = [key or ""]
+    keys += [value for name, value in os.environ.items() if name.endswith(SECRETS)]
+    for key in keys:
+        if len(key) >= 8:  # what is shorter is no secret, but may be a part of many words
+            text = text.replace(key, "***")
     return text
 
 
+# How the names of variables end that hold keys.
+SECRETS = ("_KEY", "_TOKEN", "_TOKENS", "_SECRET", "_PASSWORD")
 # Control characters, and those that change the direction of a text or break its lines.
 UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff]"
@@ -1241,7 +1259,7 @@ class Turn:
         """End the turn soon, with this event for a client that still reads.
 
         Only a turn that does not end by itself, because a tool or a database hangs, is cancelled.
-        What it has streamed of an unfinished item is then lost.
+        Of an unfinished item only a message's text is kept then, by chatkit 1.4 to 1.5.
         """
         if self.stopped or self.task is None:
             return
@@ -1347,13 +1365,14 @@ class Turn:
 
 
 REMEMBERED_CALL = "remembered_tool_call"  # marks our hidden items among an application's own
+STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
 class ToolMemory(RunHooks[Any]):
     """Follows the run of a turn and keeps its tool calls for the turns to come.
 
-    `with_tool_memory` stores them. To follow the run yourself, subclass this and set
-    `server.hooks`.
+    `with_tool_memory` stores them. To follow the run yourself, set `server.hooks` to a subclass
+    whose methods call these, too.
     """
 
     def __init__(self, forgotten_tools: set[str]) -> None:
@@ -1361,6 +1380,7 @@ class ToolMemory(RunHooks[Any]):
         self.texts = 0  # messages that the model has completed
         self.texts_before: dict[str, int] = {}  # each call, by its item's id
         self.waiting: dict[str, HiddenContextItem] = {}  # calls that are not stored yet, by id
+        self.running: list[ToolContext[Any]] = []  # calls that have not ended
         self.client_tool_call: ClientToolCall | None = None
 
     async def on_llm_end(
@@ -1371,6 +1391,16 @@ class ToolMemory(RunHooks[Any]):
     ) -> None:
         self.texts += [output.type for output in response.output].count("message")
 
+    async def on_tool_start(
+        self,
+        context: RunContextWrapper[AgentContext[Context]],
+        agent: Agent[AgentContext[Context]],
+        tool: Tool,
+    ) -> None:
+        # Others are tools of OpenAI's Responses API.
+        if isinstance(context, ToolContext) and isinstance(tool, FunctionTool):
+            self.running.append(context)
+
     async def on_tool_end(
         self,
         context: RunContextWrapper[AgentContext[Context]],
@@ -1379,19 +1409,34 @@ class ToolMemory(RunHooks[Any]):
         result: object,
     ) -> None:
         if not isinstance(context, ToolContext) or not isinstance(tool, FunctionTool):
-            return  # a tool of OpenAI's Responses API
-        if tool.name in self.forgotten_tools or self.asks_client(context.context, agent, tool):
             return
-        thread = context.context.thread
+        self.running = [other for other in self.running if other is not context]
+        if not self.asks_client(context.context, agent, tool):
+            for item in self.remember(context, result):
+                await context.context.stream(ThreadItemDoneEvent(item=item))
+
+    def remember_stopped_calls(self) -> None:
+        """Remember the calls that a stop or a fault did not let end.
+
+        A function that is not async goes on in its thread, and may still do what it was asked.
+        """
+        for context in self.running:
+            self.remember(context, STOPPED_CALL)
+        self.running = []
+
+    def remember(self, context: ToolContext[Any], result: object) -> list[HiddenContextItem]:
+        """Return the item that is to be stored for this call; none for a forgotten tool."""
+        if context.tool_name in self.forgotten_tools:
+            return []
         item = HiddenContextItem(
             id=context.context.generate_id("sdk_hidden_context"),
-            thread_id=thread.id,
+            thread_id=context.context.thread.id,
             created_at=datetime.now(),
             content=remembered_call(context, result),
         )
         self.texts_before[item.id] = self.texts
         self.waiting[item.id] = item
-        await context.context.stream(ThreadItemDoneEvent(item=item))
+        return [item]
 
     def asks_client(
         self, context: AgentContext[Context], agent: Agent[Any], tool: FunctionTool
@@ -1671,10 +1716,16 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             thread.title = message_text(input)[:TITLE_LENGTH] or None
             yield self.event_that_saves(thread, context)
 
+        agent = await self.agent_for(thread, input, context)
+        if input and (tool := input.inference_options.tool_choice):
+            # Of this agent alone: the one that it hands off to may not have the tool. openai-agents
+            # forces it in the first step only.
+            forced = ModelSettings(tool_choice=tool.id)
+            agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         memory = self.hooks(self.forgotten_tools)
         result = Runner.run_streamed(
-            await self.agent_for(thread, input, context),
+            agent,
             await self.history(thread, context),
             context=agent_context,
             hooks=memory,
@@ -1694,7 +1745,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 yield event
         except TURN_FAULTS as error:
             turn.model.raise_fault(error)
-        self.remember_agent(thread, result.last_agent)
+        await self.remember_agent(thread, result.last_agent, context)
 
         if turn.client_left:
             with suppress(NotFoundError):  # the thread may have been deleted meanwhile
@@ -1717,27 +1768,26 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             known += [other for other in agents if other not in known]
         return self.agent
 
-    def remember_agent(self, thread: ThreadMetadata, agent: Agent[Any]) -> None:
-        """Let the agent that a hand-off chose answer the thread's next message, too.
-
-        chatkit saves the thread if it changed.
-        """
-        if agent.name != thread.metadata.get("agent", self.agent.name):
-            thread.metadata = {**thread.metadata, "agent": agent.name}
+    async def remember_agent(
+        self, thread: ThreadMetadata, agent: Agent[Any], context: Context
+    ) -> None:
+        """Let the agent that a hand-off chose answer the thread's next message, too."""
+        if agent.name == thread.metadata.get("agent", self.agent.name):
+            return
+        with suppress(NotFoundError):  # the thread may have been deleted meanwhile
+            # Not `thread`, which is older: the user may have renamed it.
+            latest = await self.store.load_thread(thread.id, context)
+            latest.metadata = {**latest.metadata, "agent": agent.name}
+            await self.store.save_thread(latest, context)
 
     async def run_config_for(
         self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
     ) -> RunConfig:
-        """Return the run's settings, with the model and the tool that the user chose.
+        """Return the run's settings, with the model that the user chose.
 
-        The tool is forced in the first step only. A turn that goes on after a client tool has the
-        model of the message before it.
+        A turn that goes on after a client tool has the model of the message before it.
         """
         config = self.run_config
-        if input and (tool := input.inference_options.tool_choice):
-            settings = config.model_settings or ModelSettings()
-            settings = settings.resolve(ModelSettings(tool_choice=tool.id))
-            config = replace(config, model_settings=settings)
         if input is None and MODELS:
             items = await self.newest_items(thread.id, context)
             input = next((item for item in items if item.type == "user_message"), None)
@@ -2175,9 +2225,11 @@ async def with_tool_memory(events: Events, turn: Turn) -> Events:
                 yield ThreadItemDoneEvent(item=memory.waiting.pop(held.pop(0).id))
     except Exception as error:
         if not isinstance(error, tuple(GUARDRAILS)):
+            memory.remember_stopped_calls()
             for item in list(memory.waiting.values()):
                 yield ThreadItemDoneEvent(item=item)
         raise
+    memory.remember_stopped_calls()
     for item in list(memory.waiting.values()):
         yield ThreadItemDoneEvent(item=item)
 

@@ -143,7 +143,11 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     # Other providers. Of the names of Llama models, LiteLLM's guess is a tokenizer on the internet.
     "ollama": {"PROVIDER": "ollama_chat", "MODEL": "llama3.2"},
     "openrouter": {"PROVIDER": "openrouter", "MODEL": "openrouter/auto"},
-    "mistral": {"PROVIDER": "mistral", "MODEL": "mistral-large-latest", "MISTRAL_API_KEY": "key"},
+    "mistral": {
+        "PROVIDER": "mistral",
+        "MODEL": "mistral-large-latest",
+        "MISTRAL_API_KEY": "mistral-key-0123456789\n",  # as from a file
+    },
     "deepseek": {"PROVIDER": "deepseek", "MODEL": "deepseek-chat"},
     "vllm": {"PROVIDER": "hosted_vllm", "MODEL": "meta-llama/Llama-3.1-8B-Instruct"},
     "groq": {"PROVIDER": "groq", "MODEL": "llama-3.3-70b-versatile"},

@@ -5,7 +5,7 @@ import pytest
 from chatkit.store import Store
 
 from client import NO_TLS, Chat, done, error_of, load_main, message, text_of
-from provider import Failure, Text, Thought, ToolCall
+from provider import Failure, Silence, Text, Thought, ToolCall
 
 
 @pytest.fixture
@@ -107,6 +107,17 @@ def test_a_tool_is_forced_in_the_first_step_only(chat, provider):
     assert second.get("tool_choice") in (None, "auto")
 
 
+def test_a_forced_tool_is_not_forced_on_the_next_agent(chat, provider):
+    provider.script["go"] = [
+        [ToolCall("take_step"), ToolCall("transfer_to_claude")],
+        [Text("Taken.")],
+    ]
+    chat.say("go", **choosing(tool="take_step"))
+    first, second = provider.requests
+    assert first.body["tool_choice"]["function"]["name"] == "take_step"
+    assert second.format.__name__ == "Anthropic" and "tool_choice" not in second.body
+
+
 # ---- Agents ---------------------------------------------------------------------
 
 
@@ -120,6 +131,21 @@ def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider, main):
     english, spanish = main.INSTRUCTIONS, "Answer in Spanish."
     assert told == [english, spanish, spanish, spanish, english, english]
     assert all("reasoning_effort" not in request.body for request in provider.requests)
+
+
+def test_a_thread_is_renamed_while_it_is_handed_off(chat, provider):
+    silence = Silence()
+    provider.script["hola"] = [[ToolCall("transfer_to_spanish")], [Text("Ho"), silence, Text("la")]]
+    for event in chat.start("hola"):
+        if event.type == "thread.item.updated" and not silence.end.is_set():
+            again = Chat(str(chat.http.base_url), thread_id=chat.thread_id)
+            again.get("threads.update", thread_id=chat.thread_id, title="Mine")
+            silence.end.set()
+    chat.say("que tal")
+    assert chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"] == "Mine"
+    assert provider.requests[-1].format.instructions(provider.requests[-1].body) == (
+        "Answer in Spanish."
+    )
 
 
 @pytest.mark.parametrize("kind", ["anthropic", "gemini"])

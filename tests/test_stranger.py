@@ -646,6 +646,25 @@ def test_what_is_left_out_of_an_error(main):
     assert time.monotonic() - began < 5
 
 
+def test_no_key_is_in_the_log(main, monkeypatch):
+    """The keys of the environment and of the model are masked, in whatever words they come."""
+    monkeypatch.setenv("OTHER_API_KEY", "other-key-0123456789")
+    monkeypatch.setenv("HF_TOKEN", "token-0123456789")
+    monkeypatch.setenv("OPENAI_API_KEY", "any")  # what servers that need none are given
+    said = "Many a company got other-key-0123456789, token-0123456789 or given-0123456789."
+    masked = "Many a company got ***, *** or ***."
+    assert main.on_one_line(Exception(said), "given-0123456789") == masked
+    model = main.ProviderModel("openai/gpt-4o", api_key="given-0123456789")
+    assert "given" not in main.cause_of(Exception(said), model.api_key)
+
+
+def test_images_are_no_text_of_the_chat(main):
+    """A fault looks for what it repeats of the chat, on the event loop."""
+    image = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 9}
+    told = [{"role": "user", "content": [{"type": "input_text", "text": "look"}, image]}]
+    assert "AAA" not in main.texts_of(told) and "look" in main.texts_of(told)
+
+
 # ---- All of it at once ----------------------------------------------------------
 
 

@@ -412,12 +412,23 @@ def test_azure_with_its_key(servers, provider):
     assert provider.requests[0].key == "azure-key-0123456789"
 
 
+def test_a_key_from_a_file(servers, provider):
+    """It ends with a line break, which no header may hold."""
+    Chat(servers("mistral").url).say("hello")
+    assert provider.requests[0].key == "mistral-key-0123456789"
+
+
 @pytest.mark.parametrize(
     ("environment", "key", "unset"),
     [
         ({"PROVIDER": "bedrock", "MODEL": "m"}, "credentials for bedrock", 2),
         ({"PROVIDER": "vertex_ai", "MODEL": "m"}, "credentials for vertex_ai", 2),
         ({"PROVIDER": "gemini", "GOOGLE_API_KEY": "x"}, "credentials for gemini", 0),
+        (
+            {"PROVIDER": "gemini", "GOOGLE_API_KEY": "x", "GEMINI_API_KEY": "y"},
+            "credentials for gemini",
+            0,
+        ),
         ({"PROVIDER": "together_ai", "MODEL": "m", "TOGETHER_API_KEY": "x"}, "together_ai", 1),
         ({"PROVIDER": "groq", "MODEL": "m"}, "GROQ_API_KEY", 1),
         ({"PROVIDER": "groq", "MODEL": "m", "GROQ_API_KEY": "x"}, "GROQ_API_KEY", 0),

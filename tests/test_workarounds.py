@@ -598,12 +598,13 @@ async def test_a_type_adapter_per_request(main, monkeypatch):
     assert result.json == b'{"data":[],"has_more":false}'
 
 
-async def test_a_second_agent_gets_openais_reasoning_effort(main, provider):
+@pytest.mark.parametrize("settings", [None, ModelSettings(temperature=0)])
+async def test_a_second_agent_gets_openais_reasoning_effort(main, provider, settings):
     """openai-agents gives it to an agent without a model; LiteLLM refuses it for gpt-4o."""
     model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
     agent = Agent("Second")
     assert agent.model_settings.reasoning is not None
-    config = RunConfig(model_provider=main.ProviderModels(model))
+    config = RunConfig(model_provider=main.ProviderModels(model), model_settings=settings)
     result = Runner.run_streamed(agent, "go", run_config=config)
     assert [event async for event in result.stream_events()]
     assert result.final_output == "You said: go"

@@ -150,6 +150,13 @@ async def slow() -> str:
 
 
 @function_tool
+def slow_in_a_thread() -> str:
+    """A tool that no cancellation reaches."""
+    time.sleep(1)
+    return "finally"
+
+
+@function_tool
 async def stock(city: str) -> str:
     """List what a shop has."""
     return f"{city}: A=4711, B=4712"
@@ -231,8 +238,8 @@ class Hooks(main.ToolMemory):
     """Hooks of the application."""
 
     async def on_tool_start(self, context, agent, tool):
-        if tool.name == "stock":
-            print("stock starts", flush=True)
+        await super().on_tool_start(context, agent, tool)
+        print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
 
 
 main.server.hooks = Hooks
@@ -266,6 +273,7 @@ main.server.agent.tools = [
     broken,
     broken_database,
     slow,
+    slow_in_a_thread,
     stock,
     divide,
     report,
