@@ -93,6 +93,7 @@ ROOT_DIR = Path(__file__).resolve().parent.parent
 # The template's place, or beside this file, for a copy of it.
 ENV_FILES = [ROOT_DIR / ".env", Path(__file__).resolve().parent / ".env"]
 ENV_FILE = next((file for file in ENV_FILES if file.is_file()), None)
+# Never load_dotenv(None): it would search the folders above.
 load_dotenv(ENV_FILE or ENV_FILES[0])
 # LiteLLM would download its price map when it is imported, and a list of headers for Claude on
 # Bedrock later. Newer releases have one setting for all that they download.
@@ -205,7 +206,7 @@ class LineResponse(httpx.Response):
 
         httpx also splits lines at U+2028, U+2029 and U+0085, which JSON may contain as they are
         (LiteLLM issue 30471). And LiteLLM takes any line that contains "[DONE]" for the end of the
-        reply (LiteLLM issue 31562), so that is escaped in JSON. LiteLLM 1.110 does neither.
+        reply (LiteLLM issue 31562), so that is escaped in JSON. LiteLLM 1.110 has neither fault.
         """
         rest = ""
         async for text in self.aiter_text():
@@ -216,14 +217,14 @@ class LineResponse(httpx.Response):
             yield rest
 
 
-async def post(self: AsyncHTTPHandler, *args: Any, **kwargs: Any) -> httpx.Response:
+async def post_and_read_lines(self: AsyncHTTPHandler, *args: Any, **kwargs: Any) -> httpx.Response:
     response: httpx.Response = await original_post(self, *args, **kwargs)
     response.__class__ = LineResponse
     return response
 
 
 original_post: Any = AsyncHTTPHandler.post
-AsyncHTTPHandler.post = post  # type: ignore[method-assign]
+AsyncHTTPHandler.post = post_and_read_lines  # type: ignore[method-assign]
 
 # ---- End of the process-wide effects -------------------------------------------------------------
 
@@ -829,11 +830,13 @@ class ProviderModel(LitellmModel):
         self.canned_reply = canned_reply
         self.provider = "mock" if canned_reply else model.partition("/")[0]
         self.unset = [] if api_key or canned_reply else unset_variables(model)
+        # LiteLLM may list several names for one key, ours last.
         self.missing_key = (
             self.unset[-1] if self.unset and self.provider in DEFAULT_MODELS else None
         )
         self.key_name = f"{self.provider.upper()}_API_KEY"
-        # It may be more than one, or have another name; LiteLLM prefers Google's to Gemini's.
+        # LiteLLM may read another variable, or more than one, and prefers Google's to Gemini's:
+        # then name none.
         prefers_google = self.provider == "gemini" and "GOOGLE_API_KEY" in os.environ
         if self.key_name not in [*os.environ, *self.unset] or prefers_google:
             self.key_name = f"this server's credentials for {self.provider}"
@@ -987,14 +990,17 @@ def without_chat(text: str, chat: str) -> str:
     kept, at = "", 0
     while at < len(text):
         inside_word = at and text[at - 1].isalnum() and text[at].isascii()
-        place = -1 if inside_word or len(text) - at < 12 else chat.find(text[at : at + 12])
-        length = 12
-        while place >= 0 and text[at : at + length + 1] == chat[place : place + length + 1]:
-            if at + length == len(text):
-                break
-            length += 1
-        kept += text[at] if place < 0 else "[...]"
-        at += 1 if place < 0 else length
+        too_short = len(text) - at < 12
+        place = -1 if inside_word or too_short else chat.find(text[at : at + 12])
+        if place < 0:
+            kept += text[at]
+            at += 1
+            continue
+        same = 12
+        while at + same < len(text) and text[at + same] == chat[place + same : place + same + 1]:
+            same += 1
+        kept += "[...]"
+        at += same
     return kept
 
 
@@ -1180,9 +1186,9 @@ def make_model(name: str) -> ProviderModel:
 
 
 model = make_model(litellm_name(PROVIDER, MODEL))
-models = ProviderModels(model)
+model_provider = ProviderModels(model)
 # What a client may choose for a message, by the name that it sends.
-OFFERED_MODELS = {name: models.get_model(name) for name in MODELS}
+OFFERED_MODELS = {name: model_provider.get_model(name) for name in MODELS}
 OFFERED_MODELS |= {MODEL: model, model.model: model}
 
 # ---- Server --------------------------------------------------------------------------------------
@@ -1191,14 +1197,14 @@ REQUEST: TypeAdapter[ChatKitReq] = TypeAdapter(ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
 
 
-def server_sent(event: ThreadStreamEvent) -> bytes:
+def as_sse(event: ThreadStreamEvent) -> bytes:
     """Return the event as chatkit sends it."""
     return b"data: " + event.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n\n"
 
 
-HEARTBEAT = server_sent(ProgressUpdateEvent(text="Still working…"))
-STREAM_ERROR = server_sent(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True))
-SERVER_STOPPED = server_sent(
+HEARTBEAT = as_sse(ProgressUpdateEvent(text="Still working…"))
+STREAM_ERROR = as_sse(ErrorEvent(code=ErrorCode.STREAM_ERROR, allow_retry=True))
+SERVER_STOPPED = as_sse(
     ErrorEvent(
         code="custom",
         message="The server was stopped before the reply was complete. Try again in a moment.",
@@ -1221,8 +1227,8 @@ class Turn:
 
     current: ClassVar[ContextVar[Turn]] = ContextVar("current")  # of the task that runs
 
-    def __init__(self, turns: set[Turn], thread_id: str | None) -> None:
-        self.turns = turns  # of the server; this one is among them while its task runs
+    def __init__(self, server: ChatKitServerImpl, thread_id: str | None) -> None:
+        self.server = server  # this turn is among its `turns` while its task runs
         self.thread_id = thread_id  # None until chatkit has made the thread
         # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold
         # the provider's connection. None is the end.
@@ -1233,7 +1239,7 @@ class Turn:
         self.agent_context: AgentContext[Context] | None = None
         self.memory: ToolMemory | None = None
         self.model = model  # the one that ran last
-        self.end = "done"  # for the log: done, stopped or fault
+        self.outcome = "done"  # for the log: done, stopped or fault
         self.logged_message: str | None = None  # of the fault that the model has logged
         self.explain_mark = False  # whether the model is told anything by the application
         self.stopped = False
@@ -1245,7 +1251,7 @@ class Turn:
 
     async def read(self, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """Start the turn and yield chatkit's events. Closing the generator stops the turn."""
-        self.turns.add(self)
+        self.server.turns.add(self)
         self.task = asyncio.create_task(self.produce(events))
         try:
             while (event := await self.queue.get()) is not None:
@@ -1264,7 +1270,7 @@ class Turn:
         if self.stopped or self.task is None:
             return
         self.stopped = True
-        self.end = "stopped"
+        self.outcome = "stopped"
         if self.run:
             self.run.cancel()
         if last_event:
@@ -1287,7 +1293,7 @@ class Turn:
             if self.heartbeat:
                 self.heartbeat.cancel()
             await self.end_run()
-            self.turns.discard(self)
+            self.server.turns.discard(self)
             self.write_log_line()
             self.queue.put_nowait(None)
 
@@ -1300,21 +1306,21 @@ class Turn:
         if self.first_delta is None and event.startswith(b'data: {"type":"thread.item.updated"'):
             self.first_delta = self.last_event - self.started
         if event.startswith(b'data: {"type":"error"'):
-            self.end = "fault"
-            self.log_message(event)
+            self.outcome = "fault"
+            self.log_error(event)
         if self.thread_id is None and event.startswith(b'data: {"type":"thread.created"'):
             self.thread_id = json.loads(event.removeprefix(b"data: "))["thread"]["id"]
         if not self.stopped:
             self.queue.put_nowait(event)
 
-    def log_message(self, error_event: bytes) -> None:
+    def log_error(self, error_event: bytes) -> None:
         """Log what the client reads of a CustomStreamError that the application has raised.
 
         The model has logged its own faults, a Store may do the same (`logged_message`), and chatkit
         logs the errors that have no message.
         """
         message = json.loads(error_event.removeprefix(b"data: ")).get("message")
-        logged = (self.logged_message, getattr(server.store, "logged_message", None))
+        logged = (self.logged_message, getattr(self.server.store, "logged_message", None))
         if message and message not in logged:
             logger.error("%s", message)
 
@@ -1327,7 +1333,7 @@ class Turn:
         loop = asyncio.get_running_loop()
         self.heartbeat = loop.call_later(SILENCE_SECONDS - silence, self.send_heartbeats)
 
-    def follow(
+    def attach(
         self, run: RunResultStreaming, agent_context: AgentContext[Context], memory: ToolMemory
     ) -> None:
         """Keep the run, which a stop cancels. The stop may have come before the run."""
@@ -1356,13 +1362,585 @@ class Turn:
             self.thread_id or "-",
             self.model.provider,
             self.model.model,
-            self.end,
+            self.outcome,
             "-" if self.first_delta is None else f"{self.first_delta:.3f}s",
             f"{time.monotonic() - self.started:.3f}s",
             (usage and usage.input_tokens) or "-",
             (usage and usage.output_tokens) or "-",
         )
 
+
+class ChatKitServerImpl(ChatKitServer[Context]):
+    """chatkit's server: `respond` answers, `process` refuses what could not be answered."""
+
+    def __init__(
+        self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
+    ) -> None:
+        super().__init__(store, attachment_store)
+        use_long_ids(store)
+        self.agent: Agent[AgentContext[Context]] = Agent(
+            "Assistant", instructions=INSTRUCTIONS, model=model
+        )
+        self.run_config = RunConfig(model_provider=model_provider)
+        self.converter = Converter()
+        self.hooks: type[ToolMemory] = ToolMemory
+        self.forgotten_tools: set[str] = set()  # names of tools whose calls must not be kept
+        self.turns: set[Turn] = set()  # the turns that run in this process
+        self.warming_up: asyncio.Task[None] | None = None
+
+    # ---- A turn
+
+    async def respond(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> Events:
+        """Stream the agent's reply to the thread, in which chatkit has stored `input`.
+
+        Raises CustomStreamError, whose message chatkit sends to the client.
+        """
+        turn = Turn.current.get(None) or Turn(self, thread.id)
+        if self.warming_up:
+            await asyncio.wait([self.warming_up])  # it uses LiteLLM's connections, too
+        if thread.title is None and input:
+            thread.title = message_text(input)[:TITLE_LENGTH] or None
+            yield self.event_that_saves(thread, context)
+
+        agent = await self.agent_for(thread, input, context)
+        if input and (tool := input.inference_options.tool_choice):
+            # Of this agent alone: the one that it hands off to may not have the tool. openai-agents
+            # forces it in the first step only.
+            forced = ModelSettings(tool_choice=tool.id)
+            agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
+        agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
+        memory = self.hooks(self.forgotten_tools)
+        result = Runner.run_streamed(
+            agent,
+            await self.history(thread, context),
+            context=agent_context,
+            hooks=memory,
+            run_config=await self.run_config_for(thread, input, context),
+        )
+        turn.attach(result, agent_context, memory)
+
+        # Each stage is a function further down, with one idea. What leaves the last one goes to
+        # chatkit: it stores each item that is done, and then sends the event.
+        events = stream_agent_response(agent_context, result)
+        events = with_unique_ids(events, turn)
+        events = with_reply(events, turn)
+        events = with_unfinished_items(events, turn)
+        events = with_tool_memory(events, turn)
+        try:
+            async for event in events:
+                yield event
+        except TURN_FAULTS as error:
+            turn.model.raise_fault(error)
+        await self.remember_agent(thread, result.last_agent, context)
+
+        if turn.client_left:
+            with suppress(NotFoundError):  # the thread may have been deleted meanwhile
+                await self.handle_stream_cancelled(thread, [], context)  # stores a note of the stop
+
+    async def agent_for(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> Agent[AgentContext[Context]]:
+        """Return the agent that answers: the one that the thread was handed off to, or the first.
+
+        Override it to choose by user or by thread. It finds the agents that are listed as Agent
+        objects in `handoffs`.
+        """
+        name = thread.metadata.get("agent")
+        known = [self.agent]
+        for agent in known:  # grows on the way
+            if agent.name == name:
+                return agent
+            agents = [other for other in agent.handoffs if isinstance(other, Agent)]
+            known += [other for other in agents if other not in known]
+        return self.agent
+
+    async def remember_agent(
+        self, thread: ThreadMetadata, agent: Agent[Any], context: Context
+    ) -> None:
+        """Let the agent that a hand-off chose answer the thread's next message, too."""
+        if agent.name == thread.metadata.get("agent", self.agent.name):
+            return
+        with suppress(NotFoundError):  # the thread may have been deleted meanwhile
+            # Not `thread`, which is older: the user may have renamed it.
+            latest = await self.store.load_thread(thread.id, context)
+            latest.metadata = {**latest.metadata, "agent": agent.name}
+            await self.store.save_thread(latest, context)
+
+    async def run_config_for(
+        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
+    ) -> RunConfig:
+        """Return the run's settings, with the model that the user chose.
+
+        A turn that goes on after a client tool has the model of the message before it.
+        """
+        config = self.run_config
+        if input is None and MODELS:
+            items = await self.newest_items(thread.id, context)
+            input = next((item for item in items if item.type == "user_message"), None)
+        if input and (name := input.inference_options.model):
+            config = replace(config, model=OFFERED_MODELS.get(name, model))
+        return config
+
+    def event_that_saves(self, thread: ThreadMetadata, context: Context) -> ThreadStreamEvent:
+        """Return a harmless event: chatkit saves a changed thread after each event that it gets.
+
+        The next one comes from the model. Until then the thread may be deleted, and would come back
+        with its new title.
+        """
+        return StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
+
+    async def history(self, thread: ThreadMetadata, context: Context) -> list[TResponseInputItem]:
+        """Return the model's input: the thread's newest items, oldest first.
+
+        It starts with a user message: some providers refuse a conversation that starts with the
+        assistant's.
+        """
+        items = (await self.newest_items(thread.id, context))[::-1]
+        while items and items[0].type != "user_message":
+            items = items[1:]
+        told = await self.converter.to_agent_input(items)
+        if turn := Turn.current.get(None):
+            turn.explain_mark = any(f"<{MARK}>" in str(message.get("content")) for message in told)
+        return told
+
+    async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
+        """Return as many items as the model sees, newest first."""
+        page = await self.store.load_thread_items(thread_id, None, HISTORY_ITEMS, "desc", context)
+        return page.data
+
+    def _update_pending_items(self, *_: Any) -> None:
+        """Keep no copies of the items that are streamed.
+
+        chatkit keeps them to store them if its task is cancelled, which happens only to a turn that
+        hangs. But chatkit 1.4 to 1.5 appends each step of a workflow to the very object that is
+        streamed, so that steps and thoughts are doubled (chatkit-python pull request 76). And it
+        copies a message for each delta.
+        """
+
+    async def add_feedback(
+        self, thread_id: str, item_ids: list[str], feedback: str, context: Context
+    ) -> None:
+        """Log the user's feedback, "positive" or "negative". Override it to keep it elsewhere."""
+        logger.info("feedback thread=%s items=%s kind=%s", thread_id, ",".join(item_ids), feedback)
+
+    # ---- Requests
+
+    async def process(
+        self, request: str | bytes | bytearray, context: Context
+    ) -> StreamingResult | NonStreamingResult:
+        """Answer a request.
+
+        Raises HTTPException (400 or 409) or NotFoundError before anything is stored.
+        """
+        parsed = parse_request(request)
+        await self.check(parsed, context)
+        thread_id: str | None = getattr(parsed.params, "thread_id", None)
+        if thread_id and parsed.type in ("threads.delete", "threads.retry_after_item"):
+            await self.stop_turns(thread_id)
+
+        # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
+        if not is_streaming_req(parsed):
+            return NonStreamingResult(await self._process_non_streaming(parsed, context))
+        if thread_id:
+            await self.wait_for_stopped_turns(thread_id)
+            if parsed.type == "threads.add_client_tool_output":
+                await self.put_tool_call_last(thread_id, context)
+        turn = Turn(self, thread_id)
+        # chatkit's method calls _process_streaming_impl, and that calls respond. None of it runs
+        # before the response reads.
+        return StreamingResult(turn.read(self._process_streaming(parsed, context)))
+
+    async def _process_streaming_impl(
+        self, request: StreamingReq, context: Context
+    ) -> AsyncGenerator[ThreadStreamEvent, None]:
+        """Pass on chatkit's events. If the thread is deleted or the Store fails, say so and end.
+
+        Another process may do that at any moment. chatkit would log a traceback, and send an error
+        without a message.
+        """
+        thread_id: str | None = getattr(request.params, "thread_id", None)
+        try:
+            async with aclosing(super()._process_streaming_impl(request, context)) as events:
+                async for event in events:
+                    if event.type == "thread.created":
+                        thread_id = event.thread.id
+                    if event.type == "error" and event.code != "custom" and thread_id:
+                        # Raises NotFoundError if it is gone. Before the yield, because chatkit logs
+                        # a traceback after it.
+                        await self.store.load_thread(thread_id, context)
+                    yield event
+        except NotFoundError as error:
+            message = "This thread, or a part of it, was deleted meanwhile. Reload the page."
+            logger.warning("%s (%s)", message, error)
+            if turn := Turn.current.get(None):
+                turn.logged_message = message
+            yield ErrorEvent(message=message)
+        except CustomStreamError as error:  # of a Store; chatkit tells it only during `respond`
+            yield ErrorEvent(code="custom", message=error.message, allow_retry=error.allow_retry)
+
+    async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
+        """Move the client tool call that is answered to the end of the thread.
+
+        chatkit looks at the newest item alone, but a note or the reply of another turn may have
+        followed the call (chatkit-python pull request 123).
+        """
+        items = await self.newest_items(thread_id, context)
+        call = pending_tool_call(items)
+        if call and call is not items[0]:
+            thread = await self.store.load_thread(thread_id, context)
+            id = self.store.generate_item_id("tool_call", thread, context)
+            moved = call.model_copy(update={"id": id})
+            await self.store.add_thread_item(thread_id, moved, context)
+            await self.store.delete_thread_item(thread_id, call.id, context)
+
+    async def stop_turns(self, thread_id: str) -> None:
+        """Stop the thread's turns in this process, and wait until they have ended.
+
+        Repeat it, because a turn may begin while we wait: it would save a deleted thread again.
+        """
+        stopped: set[Turn] = set()
+        while turns := {turn for turn in self.turns if turn.thread_id == thread_id} - stopped:
+            for turn in turns:
+                turn.stop()
+            await wait_for(list(turns))
+            stopped |= turns
+
+    async def wait_for_stopped_turns(self, thread_id: str) -> None:
+        """Wait until the thread's turns that were stopped are stored, so that the order is kept.
+
+        Whoever stops a reply and sends the next message at once does both at the same moment: the
+        server may hear of the message first.
+        """
+        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
+        await wait_for(turns, seconds=DISCONNECT_SECONDS)
+        await wait_for([turn for turn in turns if turn.stopped])
+
+    async def stop_all_turns(self) -> None:
+        """Stop every turn because the server ends, and wait until what was streamed is stored."""
+        turns = list(self.turns)
+        for turn in turns:
+            turn.stop(SERVER_STOPPED)
+        await wait_for(turns)
+
+    async def check(self, request: ChatKitReq, context: Context) -> None:
+        """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
+
+        It also limits what a request may cost. Raises HTTPException (400 or 409) or NotFoundError.
+        Some requests are of newer releases of chatkit.
+        """
+        params: Any = request.params  # checked by chatkit's types
+        kind: str = request.type
+        match kind:
+            case "threads.create":
+                await self.check_message(params.input, None, context)
+            case "threads.add_user_message":
+                thread = await self.store.load_thread(params.thread_id, context)
+                check_open(thread)
+                await self.check_message(params.input, thread, context)
+            case "threads.add_client_tool_output":
+                await self.check_pending_tool_call(params.thread_id, context)
+            case "threads.retry_after_item":
+                message: Any = await self.check_item(params, "user_message", context)
+                thread = await self.store.load_thread(params.thread_id, context)
+                check_open(thread)
+                await self.check_options(message.inference_options, thread, context)
+            case "threads.custom_action":
+                self.check_method("action", kind)
+                await self.check_item(params, "widget", context)
+            case "threads.sync_custom_action":
+                self.check_method("sync_action", kind)
+                await self.check_item(params, "widget", context)
+            case "threads.add_structured_input":
+                await self.check_structured_input(params, context)
+            case "threads.list":
+                check_limit(params)
+            case "items.list":
+                check_limit(params)
+                await self.store.load_thread(params.thread_id, context)
+            case "threads.update":
+                check_count(len(params.title), MAX_TITLE, "characters in a title")
+                await self.store.load_thread(params.thread_id, context)
+            case "threads.get_by_id" | "threads.delete":
+                await self.store.load_thread(params.thread_id, context)
+            case "items.feedback":
+                params.item_ids = list(dict.fromkeys(params.item_ids))
+                check_count(len(params.item_ids), MAX_IDS, "items in a feedback")
+                await self.store.load_thread(params.thread_id, context)
+                for item_id in params.item_ids:
+                    await self.store.load_item(params.thread_id, item_id, context)
+                    await asyncio.sleep(0)  # a long item takes milliseconds: let others run
+            case "attachments.create":
+                self.check_attachment_store()
+            case "attachments.delete":
+                self.check_attachment_store()
+                await self.store.load_attachment(params.attachment_id, context)
+            case "input.transcribe":
+                self.check_method("transcribe", kind)
+
+    async def check_message(
+        self, message: UserMessageInput, thread: ThreadMetadata | None, context: Context
+    ) -> None:
+        tags = [part for part in message.content if part.type == "input_tag"]
+        check_count(len(message.content), MAX_PARTS, "parts in a message")
+        check_count(len(tags), MAX_TAGS, "tags in a message")
+        check_count(len(message.attachments), MAX_IDS, "attachments in a message")
+        quoted_text = (message.quoted_text or "").strip()
+        if not message_text(message) and not quoted_text and not message.attachments:
+            raise HTTPException(400, "The message is empty.")
+        for attachment_id in message.attachments:
+            await self.store.load_attachment(attachment_id, context)
+        await self.check_options(message.inference_options, thread, context)
+
+    async def check_options(
+        self, options: InferenceOptions, thread: ThreadMetadata | None, context: Context
+    ) -> None:
+        """Refuse a model or a tool that is not offered. `thread` is None until it is made."""
+        if options.model and options.model not in OFFERED_MODELS:
+            raise HTTPException(400, f"The model {options.model:.100} is not offered.")
+        if options.tool_choice:
+            new_thread = ThreadMetadata(id="", created_at=datetime.now())
+            agent = await self.agent_for(thread or new_thread, None, context)
+            known = options.tool_choice.id in [tool.name for tool in agent.tools]
+            if not known and not agent.mcp_servers:  # which are asked for theirs in the run
+                raise HTTPException(400, f"The tool {options.tool_choice.id:.100} is not offered.")
+
+    async def check_item(self, params: Any, item_type: str, context: Context) -> ThreadItem | None:
+        """Refuse an item of another type. An action may be about no item."""
+        await self.store.load_thread(params.thread_id, context)
+        if params.item_id is None:
+            return None
+        item = await self.store.load_item(params.thread_id, params.item_id, context)
+        if item.type != item_type:
+            raise HTTPException(400, f"Item {params.item_id} is not a {item_type}.")
+        return item
+
+    async def check_structured_input(self, params: Any, context: Context) -> None:
+        item: Any = await self.check_item(params, "structured_input", context)
+        if item.status != "pending":
+            raise HTTPException(400, f"Item {params.item_id} is not pending.")
+
+    async def check_pending_tool_call(self, thread_id: str, context: Context) -> None:
+        await self.store.load_thread(thread_id, context)
+        if pending_tool_call(await self.newest_items(thread_id, context)) is None:
+            raise HTTPException(400, "No client tool call is pending in this thread.")
+
+    def check_method(self, name: str, kind: str) -> None:
+        """Refuse a request whose method you have not written: chatkit's own raises an error."""
+        method = getattr(self, name, None)
+        original = getattr(ChatKitServer, name, None)
+        if method is None or getattr(method, "__func__", method) is original:
+            raise HTTPException(400, f"{kind} is not supported.")
+
+    def check_attachment_store(self) -> None:
+        if self.attachment_store is None:
+            raise HTTPException(400, "Attachments are not configured.")
+
+
+# ---- Checks of a request
+
+
+def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
+    """Return chatkit's request. Raises HTTPException (400) with the first reason why it is none."""
+    body = request.encode() if isinstance(request, str) else bytes(request)
+    # pydantic makes an object of each value, and an error of each wrong one.
+    check_count(count_values(body), MAX_VALUES, "JSON values in a request")
+    try:
+        return REQUEST.validate_json(request)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(name) for name in first["loc"])
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        raise HTTPException(400, reason[:300]) from None
+
+
+def pending_tool_call(newest_items: list[ThreadItem]) -> ClientToolCallItem | None:
+    """Return the newest client tool call that waits for its answer."""
+    for item in newest_items:
+        if item.type == "client_tool_call" and item.status == "pending":
+            return item
+    return None
+
+
+def check_open(thread: ThreadMetadata) -> None:
+    """Refuse a message to a thread that an application has locked or closed."""
+    if thread.status.type != "active":
+        raise HTTPException(409, thread.status.reason or f"This thread is {thread.status.type}.")
+
+
+def count_values(body: bytes) -> int:
+    """Return how many values the JSON text has at most, without parsing it.
+
+    Each value stands after a comma or an opening bracket that is not part of a string.
+    """
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote is a string's end
+    between_strings = body.split(b'"', 4 * MAX_VALUES)[::2]  # too many, if there are more of them
+    structure = b"".join(between_strings)
+    return 1 + sum(structure.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def check_count(count: int, limit: int, name: str) -> None:
+    if count > limit:
+        raise HTTPException(400, f"There are more than {limit} {name}.")
+
+
+def check_limit(params: Any) -> None:
+    if params.limit and params.limit < 1:  # None and 0 are chatkit's default
+        raise HTTPException(400, "limit must be at least 1.")
+    if params.limit:
+        params.limit = min(params.limit, MAX_PAGE)
+
+
+async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
+    """Wait until the turns have ended, or for so many seconds."""
+    tasks = [turn.task for turn in turns if turn.task]
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+
+
+def message_text(message: UserMessageItem | UserMessageInput) -> str:
+    """Return what the user typed, on one line."""
+    return " ".join(" ".join(part.text for part in message.content).split())
+
+
+# ---- The stages of a turn: its events pass through these generators, in the order of `respond`
+
+
+async def with_unique_ids(events: Events, turn: Turn) -> Events:
+    """Give each message and client tool call an id of its own.
+
+    Through LiteLLM all of them have openai-agents' placeholder `__fake_id__`, and each would
+    overwrite the one before (chatkit-python issue 36). Items whose id comes from the store
+    (workflows, widgets) keep it.
+    """
+    assert turn.agent_context
+    new_id = turn.agent_context.generate_id
+    # The model's id -> ours, newest last. The placeholder is among them from the start: a guardrail
+    # that trips before any message takes it back, too.
+    id_mapping: dict[str, list[str]] = {"__fake_id__": []}
+    async for event in events:
+        if event.type == "thread.item.added" and event.item.type == "assistant_message":
+            ids = id_mapping.setdefault(event.item.id, [])
+            ids.append(new_id("message"))
+            event.item.id = ids[-1]
+        elif event.type == "thread.item.updated" and id_mapping.get(event.item_id):
+            event.item_id = id_mapping[event.item_id][-1]
+        elif event.type == "thread.item.done" and event.item.type == "client_tool_call":
+            event.item.id = new_id("tool_call")
+        elif event.type == "thread.item.done" and id_mapping.get(event.item.id):
+            event.item.id = id_mapping[event.item.id][-1]
+        elif event.type == "thread.item.removed" and event.item_id in id_mapping:
+            # A guardrail takes back every message of the turn.
+            for id in id_mapping[event.item_id]:
+                yield ThreadItemRemovedEvent(item_id=id)
+            continue
+        yield event
+
+
+async def with_reply(events: Events, turn: Turn) -> Events:
+    """Raise EmptyReply if a turn completes nothing that the user can see as an answer."""
+    answered = False
+    async for event in events:
+        answered = answered or is_answer(event)
+        yield event
+    if not answered and not turn.stopped:
+        raise EmptyReply
+
+
+def is_answer(event: ThreadStreamEvent) -> bool:
+    """Return whether the event is one: reasoning alone and hidden items are none."""
+    if event.type == "thread.item.done":
+        if event.item.type == "workflow":
+            return event.item.workflow.type != "reasoning"
+        return event.item.type not in ("hidden_context_item", "sdk_hidden_context")
+    return event.type in ("thread.item.replaced", "client_effect", "notice")
+
+
+async def with_unfinished_items(events: Events, turn: Turn) -> Events:
+    """Complete the items that a fault or a stop leaves unfinished.
+
+    chatkit stores an item when it is done, so what was streamed of these would be lost.
+    """
+    unfinished: dict[str, ThreadItem] = {}  # by id
+    try:
+        async for event in events:
+            if turn.stopped:  # nobody sees this event, so it must not be stored
+                continue
+            if event.type == "thread.item.updated":
+                item = unfinished.get(event.item_id)
+                if item and item.type == "assistant_message":
+                    extend_message(item, event.update)
+            elif event.type == "thread.item.added":
+                unfinished[event.item.id] = event.item
+            elif event.type == "thread.item.done" or event.type == "thread.item.replaced":
+                unfinished.pop(event.item.id, None)
+            elif event.type == "thread.item.removed":
+                unfinished.pop(event.item_id, None)
+            yield event
+    except Exception:
+        for item in unfinished.values():
+            yield ThreadItemDoneEvent(item=item)
+        raise
+    if turn.stopped:
+        for item in unfinished.values():
+            yield ThreadItemDoneEvent(item=item)
+
+
+async def with_tool_memory(events: Events, turn: Turn) -> Events:
+    """Store the tool calls in their places between the messages, also before a fault or a stop.
+
+    chatkit reads the AgentContext's events beside those of the run: a call may overtake the text
+    before it, and a fault or a stop drops the calls that were not read yet.
+    """
+    memory, context = turn.memory, turn.agent_context
+    assert memory and context
+    messages = 0
+    too_early: list[HiddenContextItem] = []  # until the messages before them have come
+    try:
+        async for event in events:
+            match event:
+                case ThreadItemDoneEvent(item=HiddenContextItem() as item) if (
+                    item.id in memory.unstored
+                ):
+                    too_early.append(item)
+                case ThreadItemRemovedEvent() if event.item_id in memory.messages_before:
+                    # A guardrail takes the turn back. The client never heard of the call.
+                    await context.store.delete_thread_item(
+                        context.thread.id, event.item_id, context.request_context
+                    )
+                case _:
+                    yield event
+            if event.type == "thread.item.done" and event.item.type == "assistant_message":
+                messages += 1
+            while too_early and memory.messages_before[too_early[0].id] <= messages:
+                yield ThreadItemDoneEvent(item=memory.unstored.pop(too_early.pop(0).id))
+    except Exception as error:
+        if not isinstance(error, tuple(GUARDRAILS)):
+            memory.remember_stopped_calls()
+            for item in list(memory.unstored.values()):
+                yield ThreadItemDoneEvent(item=item)
+        raise
+    memory.remember_stopped_calls()
+    for item in list(memory.unstored.values()):
+        yield ThreadItemDoneEvent(item=item)
+
+
+def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> None:
+    """Apply an update to a streamed message, as the client does."""
+    parts = message.content
+    match update:
+        case AssistantMessageContentPartAdded():
+            parts[update.content_index : update.content_index + 1] = [update.content]
+        case AssistantMessageContentPartTextDelta():
+            parts[update.content_index].text += update.delta
+        case AssistantMessageContentPartAnnotationAdded():
+            parts[update.content_index].annotations.append(update.annotation)
+        case AssistantMessageContentPartDone():
+            parts[update.content_index].text = update.content.text
+
+
+# ---- Tool memory
 
 REMEMBERED_CALL = "remembered_tool_call"  # marks our hidden items among an application's own
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
@@ -1377,11 +1955,11 @@ class ToolMemory(RunHooks[Any]):
 
     def __init__(self, forgotten_tools: set[str]) -> None:
         self.forgotten_tools = forgotten_tools
-        self.texts = 0  # messages that the model has completed
-        self.texts_before: dict[str, int] = {}  # each call, by its item's id
-        self.waiting: dict[str, HiddenContextItem] = {}  # calls that are not stored yet, by id
+        self.messages_done = 0  # by the model
+        self.messages_before: dict[str, int] = {}  # each call, by its item's id
+        self.unstored: dict[str, HiddenContextItem] = {}  # calls that are not stored yet, by id
         self.running: list[ToolContext[Any]] = []  # calls that have not ended
-        self.client_tool_call: ClientToolCall | None = None
+        self.claimed_call: ClientToolCall | None = None  # by a tool of another name
 
     async def on_llm_end(
         self,
@@ -1389,7 +1967,7 @@ class ToolMemory(RunHooks[Any]):
         agent: Agent[AgentContext[Context]],
         response: ModelResponse,
     ) -> None:
-        self.texts += [output.type for output in response.output].count("message")
+        self.messages_done += [output.type for output in response.output].count("message")
 
     async def on_tool_start(
         self,
@@ -1434,8 +2012,8 @@ class ToolMemory(RunHooks[Any]):
             created_at=datetime.now(),
             content=remembered_call(context, result),
         )
-        self.texts_before[item.id] = self.texts
-        self.waiting[item.id] = item
+        self.messages_before[item.id] = self.messages_done
+        self.unstored[item.id] = item
         return [item]
 
     def asks_client(
@@ -1443,15 +2021,15 @@ class ToolMemory(RunHooks[Any]):
     ) -> bool:
         """Return whether chatkit stores this call itself, as one that the client answers.
 
-        A tool sets it on the context that parallel tools share: its name tells whose it is, and
-        otherwise it is that of the first tool to end.
+        A client tool sets `client_tool_call` on the context, which parallel tools share. If that
+        has a tool's name, it is the call of that tool; if not, of the first tool that ends.
         """
         call = context.client_tool_call
         if call is None or call.name == tool.name:
             return call is not None
-        if call is self.client_tool_call or call.name in [other.name for other in agent.tools]:
+        if call is self.claimed_call or call.name in [other.name for other in agent.tools]:
             return False
-        self.client_tool_call = call
+        self.claimed_call = call
         return True
 
 
@@ -1510,6 +2088,8 @@ def shortened(text: str) -> str:
     half = TOOL_OUTPUT_LENGTH // 2
     return f"{text[:half]}\n[{cut} characters were cut out here]\n{text[-half:]}"
 
+
+# ---- What the model is told
 
 # Around what the application tells the model in the role of the user, because providers have no
 # other role in the middle of a conversation: LiteLLM moves system messages to the start for Gemini
@@ -1682,572 +2262,6 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class ChatKitServerImpl(ChatKitServer[Context]):
-    """chatkit's server: `respond` answers, `process` refuses what could not be answered."""
-
-    def __init__(
-        self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
-    ) -> None:
-        super().__init__(store, attachment_store)
-        use_long_ids(store)
-        self.agent: Agent[AgentContext[Context]] = Agent(
-            "Assistant", instructions=INSTRUCTIONS, model=model
-        )
-        self.run_config = RunConfig(model_provider=models)
-        self.converter = Converter()
-        self.hooks: type[ToolMemory] = ToolMemory
-        self.forgotten_tools: set[str] = set()  # names of tools whose calls must not be kept
-        self.turns: set[Turn] = set()  # the turns that run in this process
-        self.warming_up: asyncio.Task[None] | None = None
-
-    # ---- A turn
-
-    async def respond(
-        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
-    ) -> Events:
-        """Stream the agent's reply to the thread, in which chatkit has stored `input`.
-
-        Raises CustomStreamError, whose message chatkit sends to the client.
-        """
-        turn = Turn.current.get(None) or Turn(self.turns, thread.id)
-        if self.warming_up:
-            await asyncio.wait([self.warming_up])  # it uses LiteLLM's connections, too
-        if thread.title is None and input:
-            thread.title = message_text(input)[:TITLE_LENGTH] or None
-            yield self.event_that_saves(thread, context)
-
-        agent = await self.agent_for(thread, input, context)
-        if input and (tool := input.inference_options.tool_choice):
-            # Of this agent alone: the one that it hands off to may not have the tool. openai-agents
-            # forces it in the first step only.
-            forced = ModelSettings(tool_choice=tool.id)
-            agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
-        agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
-        memory = self.hooks(self.forgotten_tools)
-        result = Runner.run_streamed(
-            agent,
-            await self.history(thread, context),
-            context=agent_context,
-            hooks=memory,
-            run_config=await self.run_config_for(thread, input, context),
-        )
-        turn.follow(result, agent_context, memory)
-
-        # Each stage is a function further down, with one idea. What leaves the last one goes to
-        # chatkit: it stores each item that is done, and then sends the event.
-        events = stream_agent_response(agent_context, result)
-        events = with_unique_ids(events, turn)
-        events = with_reply(events, turn)
-        events = with_unfinished_items(events, turn)
-        events = with_tool_memory(events, turn)
-        try:
-            async for event in events:
-                yield event
-        except TURN_FAULTS as error:
-            turn.model.raise_fault(error)
-        await self.remember_agent(thread, result.last_agent, context)
-
-        if turn.client_left:
-            with suppress(NotFoundError):  # the thread may have been deleted meanwhile
-                await self.handle_stream_cancelled(thread, [], context)  # stores a note of the stop
-
-    async def agent_for(
-        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
-    ) -> Agent[AgentContext[Context]]:
-        """Return the agent that answers: the one that the thread was handed off to, or the first.
-
-        Override it to choose by user or by thread. It finds the agents that are listed as Agent
-        objects in `handoffs`.
-        """
-        name = thread.metadata.get("agent")
-        known = [self.agent]
-        for agent in known:  # grows on the way
-            if agent.name == name:
-                return agent
-            agents = [other for other in agent.handoffs if isinstance(other, Agent)]
-            known += [other for other in agents if other not in known]
-        return self.agent
-
-    async def remember_agent(
-        self, thread: ThreadMetadata, agent: Agent[Any], context: Context
-    ) -> None:
-        """Let the agent that a hand-off chose answer the thread's next message, too."""
-        if agent.name == thread.metadata.get("agent", self.agent.name):
-            return
-        with suppress(NotFoundError):  # the thread may have been deleted meanwhile
-            # Not `thread`, which is older: the user may have renamed it.
-            latest = await self.store.load_thread(thread.id, context)
-            latest.metadata = {**latest.metadata, "agent": agent.name}
-            await self.store.save_thread(latest, context)
-
-    async def run_config_for(
-        self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
-    ) -> RunConfig:
-        """Return the run's settings, with the model that the user chose.
-
-        A turn that goes on after a client tool has the model of the message before it.
-        """
-        config = self.run_config
-        if input is None and MODELS:
-            items = await self.newest_items(thread.id, context)
-            input = next((item for item in items if item.type == "user_message"), None)
-        if input and (name := input.inference_options.model):
-            config = replace(config, model=OFFERED_MODELS.get(name, model))
-        return config
-
-    def event_that_saves(self, thread: ThreadMetadata, context: Context) -> ThreadStreamEvent:
-        """Return a harmless event: chatkit saves a changed thread after each event that it gets.
-
-        The next one comes from the model. Until then the thread may be deleted, and would come back
-        with its new title.
-        """
-        return StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
-
-    async def history(self, thread: ThreadMetadata, context: Context) -> list[TResponseInputItem]:
-        """Return the model's input: the thread's newest items, oldest first.
-
-        It starts with a user message: some providers refuse a conversation that starts with the
-        assistant's.
-        """
-        items = (await self.newest_items(thread.id, context))[::-1]
-        while items and items[0].type != "user_message":
-            items = items[1:]
-        told = await self.converter.to_agent_input(items)
-        if turn := Turn.current.get(None):
-            turn.explain_mark = any(f"<{MARK}>" in str(message.get("content")) for message in told)
-        return told
-
-    async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
-        """Return as many items as the model sees, newest first."""
-        page = await self.store.load_thread_items(thread_id, None, HISTORY_ITEMS, "desc", context)
-        return page.data
-
-    def _update_pending_items(self, *_: Any) -> None:
-        """Keep no copies of the items that are streamed: chatkit stores them if it is cancelled.
-
-        Only a turn that hangs is. chatkit 1.4 to 1.5 appends each step of a workflow to the very
-        object that is streamed, so that steps and thoughts are doubled (chatkit-python pull request
-        76); and it copies a message for each delta.
-        """
-
-    async def add_feedback(
-        self, thread_id: str, item_ids: list[str], feedback: str, context: Context
-    ) -> None:
-        """Log the user's feedback, "positive" or "negative". Override it to keep it elsewhere."""
-        logger.info("feedback thread=%s items=%s kind=%s", thread_id, ",".join(item_ids), feedback)
-
-    # ---- Requests
-
-    async def process(
-        self, request: str | bytes | bytearray, context: Context
-    ) -> StreamingResult | NonStreamingResult:
-        """Answer a request.
-
-        Raises HTTPException (400 or 409) or NotFoundError before anything is stored.
-        """
-        parsed = parse_request(request)
-        await self.check(parsed, context)
-        thread_id: str | None = getattr(parsed.params, "thread_id", None)
-        if thread_id and parsed.type in ("threads.delete", "threads.retry_after_item"):
-            await self.stop_turns(thread_id)
-
-        # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
-        if not is_streaming_req(parsed):
-            return NonStreamingResult(await self._process_non_streaming(parsed, context))
-        if thread_id:
-            await self.wait_for_stopped_turns(thread_id)
-            if parsed.type == "threads.add_client_tool_output":
-                await self.put_tool_call_last(thread_id, context)
-        turn = Turn(self.turns, thread_id)
-        # chatkit's method calls _process_streaming_impl, and that calls respond. None of it runs
-        # before the response reads.
-        return StreamingResult(turn.read(self._process_streaming(parsed, context)))
-
-    async def _process_streaming_impl(
-        self, request: StreamingReq, context: Context
-    ) -> AsyncGenerator[ThreadStreamEvent, None]:
-        """Pass on chatkit's events. If the thread is deleted or the Store fails, say so and end.
-
-        Another process may do that at any moment. chatkit would log a traceback, and send an error
-        without a message.
-        """
-        thread_id: str | None = getattr(request.params, "thread_id", None)
-        try:
-            async with aclosing(super()._process_streaming_impl(request, context)) as events:
-                async for event in events:
-                    if event.type == "thread.created":
-                        thread_id = event.thread.id
-                    if event.type == "error" and event.code != "custom" and thread_id:
-                        # Raises NotFoundError if it is gone. Before the yield, because chatkit logs
-                        # a traceback after it.
-                        await self.store.load_thread(thread_id, context)
-                    yield event
-        except NotFoundError as error:
-            message = "This thread, or a part of it, was deleted meanwhile. Reload the page."
-            logger.warning("%s (%s)", message, error)
-            if turn := Turn.current.get(None):
-                turn.logged_message = message
-            yield ErrorEvent(message=message)
-        except CustomStreamError as error:  # of a Store; chatkit tells it only during `respond`
-            yield ErrorEvent(code="custom", message=error.message, allow_retry=error.allow_retry)
-
-    async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
-        """Move the client tool call that is answered to the end of the thread.
-
-        chatkit looks at the newest item alone, but a note or the reply of another turn may have
-        followed the call (chatkit-python pull request 123).
-        """
-        items = await self.newest_items(thread_id, context)
-        call = pending_tool_call(items)
-        if call and call is not items[0]:
-            thread = await self.store.load_thread(thread_id, context)
-            id = self.store.generate_item_id("tool_call", thread, context)
-            moved = call.model_copy(update={"id": id})
-            await self.store.add_thread_item(thread_id, moved, context)
-            await self.store.delete_thread_item(thread_id, call.id, context)
-
-    async def stop_turns(self, thread_id: str) -> None:
-        """Stop the thread's turns in this process, and wait until they have ended.
-
-        Repeat it, because a turn may begin while we wait: it would save a deleted thread again.
-        """
-        stopped: set[Turn] = set()
-        while turns := {turn for turn in self.turns if turn.thread_id == thread_id} - stopped:
-            for turn in turns:
-                turn.stop()
-            await wait_for(list(turns))
-            stopped |= turns
-
-    async def wait_for_stopped_turns(self, thread_id: str) -> None:
-        """Wait until the thread's turns that were stopped are stored, so that the order is kept.
-
-        Whoever stops a reply and sends the next message at once does both at the same moment: the
-        server may hear of the message first.
-        """
-        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
-        await wait_for(turns, seconds=DISCONNECT_SECONDS)
-        await wait_for([turn for turn in turns if turn.stopped])
-
-    async def stop_all_turns(self) -> None:
-        """Stop every turn because the server ends, and wait until what was streamed is stored."""
-        turns = list(self.turns)
-        for turn in turns:
-            turn.stop(SERVER_STOPPED)
-        await wait_for(turns)
-
-    async def check(self, request: ChatKitReq, context: Context) -> None:
-        """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
-
-        It also limits what a request may cost. Raises HTTPException (400 or 409) or NotFoundError.
-        Some requests are of newer releases of chatkit.
-        """
-        params: Any = request.params  # checked by chatkit's types
-        kind: str = request.type
-        match kind:
-            case "threads.create":
-                await self.check_message(params.input, None, context)
-            case "threads.add_user_message":
-                thread = await self.store.load_thread(params.thread_id, context)
-                check_open(thread)
-                await self.check_message(params.input, thread, context)
-            case "threads.add_client_tool_output":
-                await self.check_pending_tool_call(params.thread_id, context)
-            case "threads.retry_after_item":
-                message: Any = await self.check_item(params, "user_message", context)
-                thread = await self.store.load_thread(params.thread_id, context)
-                check_open(thread)
-                await self.check_options(message.inference_options, thread, context)
-            case "threads.custom_action":
-                self.check_method("action", kind)
-                await self.check_item(params, "widget", context)
-            case "threads.sync_custom_action":
-                self.check_method("sync_action", kind)
-                await self.check_item(params, "widget", context)
-            case "threads.add_structured_input":
-                await self.check_structured_input(params, context)
-            case "threads.list":
-                check_limit(params)
-            case "items.list":
-                check_limit(params)
-                await self.store.load_thread(params.thread_id, context)
-            case "threads.update":
-                check_count(len(params.title), MAX_TITLE, "characters in a title")
-                await self.store.load_thread(params.thread_id, context)
-            case "threads.get_by_id" | "threads.delete":
-                await self.store.load_thread(params.thread_id, context)
-            case "items.feedback":
-                params.item_ids = list(dict.fromkeys(params.item_ids))
-                check_count(len(params.item_ids), MAX_IDS, "items in a feedback")
-                await self.store.load_thread(params.thread_id, context)
-                for item_id in params.item_ids:
-                    await self.store.load_item(params.thread_id, item_id, context)
-                    await asyncio.sleep(0)  # a long item takes milliseconds: let others run
-            case "attachments.create":
-                self.check_attachment_store()
-            case "attachments.delete":
-                self.check_attachment_store()
-                await self.store.load_attachment(params.attachment_id, context)
-            case "input.transcribe":
-                self.check_method("transcribe", kind)
-
-    async def check_message(
-        self, message: UserMessageInput, thread: ThreadMetadata | None, context: Context
-    ) -> None:
-        tags = [part for part in message.content if part.type == "input_tag"]
-        check_count(len(message.content), MAX_PARTS, "parts in a message")
-        check_count(len(tags), MAX_TAGS, "tags in a message")
-        check_count(len(message.attachments), MAX_IDS, "attachments in a message")
-        quoted_text = (message.quoted_text or "").strip()
-        if not message_text(message) and not quoted_text and not message.attachments:
-            raise HTTPException(400, "The message is empty.")
-        for attachment_id in message.attachments:
-            await self.store.load_attachment(attachment_id, context)
-        await self.check_options(message.inference_options, thread, context)
-
-    async def check_options(
-        self, options: InferenceOptions, thread: ThreadMetadata | None, context: Context
-    ) -> None:
-        """Refuse a model or a tool that is not offered. No thread: it is made after this check."""
-        if options.model and options.model not in OFFERED_MODELS:
-            raise HTTPException(400, f"The model {options.model:.100} is not offered.")
-        if options.tool_choice:
-            new_thread = ThreadMetadata(id="", created_at=datetime.now())
-            agent = await self.agent_for(thread or new_thread, None, context)
-            known = options.tool_choice.id in [tool.name for tool in agent.tools]
-            if not known and not agent.mcp_servers:  # which are asked for theirs in the run
-                raise HTTPException(400, f"The tool {options.tool_choice.id:.100} is not offered.")
-
-    async def check_item(self, params: Any, item_type: str, context: Context) -> ThreadItem | None:
-        """Refuse an item of another type. An action may be about no item."""
-        await self.store.load_thread(params.thread_id, context)
-        if params.item_id is None:
-            return None
-        item = await self.store.load_item(params.thread_id, params.item_id, context)
-        if item.type != item_type:
-            raise HTTPException(400, f"Item {params.item_id} is not a {item_type}.")
-        return item
-
-    async def check_structured_input(self, params: Any, context: Context) -> None:
-        item: Any = await self.check_item(params, "structured_input", context)
-        if item.status != "pending":
-            raise HTTPException(400, f"Item {params.item_id} is not pending.")
-
-    async def check_pending_tool_call(self, thread_id: str, context: Context) -> None:
-        await self.store.load_thread(thread_id, context)
-        if pending_tool_call(await self.newest_items(thread_id, context)) is None:
-            raise HTTPException(400, "No client tool call is pending in this thread.")
-
-    def check_method(self, name: str, kind: str) -> None:
-        """Refuse a request whose method you have not written: chatkit's own raises an error."""
-        method = getattr(self, name, None)
-        original = getattr(ChatKitServer, name, None)
-        if method is None or getattr(method, "__func__", method) is original:
-            raise HTTPException(400, f"{kind} is not supported.")
-
-    def check_attachment_store(self) -> None:
-        if self.attachment_store is None:
-            raise HTTPException(400, "Attachments are not configured.")
-
-
-def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
-    """Return chatkit's request. Raises HTTPException (400) with the first reason why it is none."""
-    body = request.encode() if isinstance(request, str) else bytes(request)
-    # pydantic makes an object of each value, and an error of each wrong one.
-    check_count(count_values(body), MAX_VALUES, "JSON values in a request")
-    try:
-        return REQUEST.validate_json(request)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(name) for name in first["loc"])
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
-        raise HTTPException(400, reason[:300]) from None
-
-
-def pending_tool_call(newest_items: list[ThreadItem]) -> ClientToolCallItem | None:
-    """Return the newest client tool call that waits for its answer."""
-    for item in newest_items:
-        if item.type == "client_tool_call" and item.status == "pending":
-            return item
-    return None
-
-
-def check_open(thread: ThreadMetadata) -> None:
-    """Refuse a message to a thread that an application has locked or closed."""
-    if thread.status.type != "active":
-        raise HTTPException(409, thread.status.reason or f"This thread is {thread.status.type}.")
-
-
-def count_values(body: bytes) -> int:
-    """Return how many values the JSON text has at most, without parsing it.
-
-    Each value stands after a comma or an opening bracket that is not part of a string.
-    """
-    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote is a string's end
-    between_strings = body.split(b'"', 4 * MAX_VALUES)[::2]  # too many, if there are more of them
-    structure = b"".join(between_strings)
-    return 1 + sum(structure.count(mark) for mark in (b",", b"[", b"{"))
-
-
-def check_count(count: int, limit: int, name: str) -> None:
-    if count > limit:
-        raise HTTPException(400, f"There are more than {limit} {name}.")
-
-
-def check_limit(params: Any) -> None:
-    if params.limit and params.limit < 1:  # None and 0 are chatkit's default
-        raise HTTPException(400, "limit must be at least 1.")
-    if params.limit:
-        params.limit = min(params.limit, MAX_PAGE)
-
-
-async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
-    """Wait until the turns have ended, or for so many seconds."""
-    tasks = [turn.task for turn in turns if turn.task]
-    if tasks:
-        await asyncio.wait(tasks, timeout=seconds)
-
-
-def message_text(message: UserMessageItem | UserMessageInput) -> str:
-    """Return what the user typed, on one line."""
-    return " ".join(" ".join(part.text for part in message.content).split())
-
-
-# ---- The stages of a turn: its events pass through these generators, in the order of `respond`
-
-
-async def with_unique_ids(events: Events, turn: Turn) -> Events:
-    """Give each message and client tool call an id of its own.
-
-    Through LiteLLM all of them have openai-agents' placeholder `__fake_id__`, and each would
-    overwrite the one before (chatkit-python issue 36). Items whose id comes from the store
-    (workflows, widgets) keep it.
-    """
-    assert turn.agent_context
-    new_id = turn.agent_context.generate_id
-    # The model's id -> ours, newest last. The placeholder is among them from the start: a guardrail
-    # that trips before any message takes it back, too.
-    id_mapping: dict[str, list[str]] = {"__fake_id__": []}
-    async for event in events:
-        if event.type == "thread.item.added" and event.item.type == "assistant_message":
-            ids = id_mapping.setdefault(event.item.id, [])
-            ids.append(new_id("message"))
-            event.item.id = ids[-1]
-        elif event.type == "thread.item.updated" and id_mapping.get(event.item_id):
-            event.item_id = id_mapping[event.item_id][-1]
-        elif event.type == "thread.item.done" and event.item.type == "client_tool_call":
-            event.item.id = new_id("tool_call")
-        elif event.type == "thread.item.done" and id_mapping.get(event.item.id):
-            event.item.id = id_mapping[event.item.id][-1]
-        elif event.type == "thread.item.removed" and event.item_id in id_mapping:
-            # A guardrail takes back every message of the turn.
-            for id in id_mapping[event.item_id]:
-                yield ThreadItemRemovedEvent(item_id=id)
-            continue
-        yield event
-
-
-async def with_reply(events: Events, turn: Turn) -> Events:
-    """Raise EmptyReply if a turn completes nothing that the user can see as an answer."""
-    answered = False
-    async for event in events:
-        answered = answered or is_answer(event)
-        yield event
-    if not answered and not turn.stopped:
-        raise EmptyReply
-
-
-def is_answer(event: ThreadStreamEvent) -> bool:
-    """Return whether the event is one: reasoning alone and hidden items are none."""
-    if event.type == "thread.item.done":
-        if event.item.type == "workflow":
-            return event.item.workflow.type != "reasoning"
-        return event.item.type not in ("hidden_context_item", "sdk_hidden_context")
-    return event.type in ("thread.item.replaced", "client_effect", "notice")
-
-
-async def with_unfinished_items(events: Events, turn: Turn) -> Events:
-    """Complete the items that a fault or a stop leaves unfinished.
-
-    chatkit stores an item when it is done, so what was streamed of these would be lost.
-    """
-    unfinished: dict[str, ThreadItem] = {}  # by id
-    try:
-        async for event in events:
-            if turn.stopped:  # nobody sees this event, so it must not be stored
-                continue
-            if event.type == "thread.item.updated":
-                item = unfinished.get(event.item_id)
-                if item and item.type == "assistant_message":
-                    extend_message(item, event.update)
-            elif event.type == "thread.item.added":
-                unfinished[event.item.id] = event.item
-            elif event.type == "thread.item.done" or event.type == "thread.item.replaced":
-                unfinished.pop(event.item.id, None)
-            elif event.type == "thread.item.removed":
-                unfinished.pop(event.item_id, None)
-            yield event
-    except Exception:
-        for item in unfinished.values():
-            yield ThreadItemDoneEvent(item=item)
-        raise
-    if turn.stopped:
-        for item in unfinished.values():
-            yield ThreadItemDoneEvent(item=item)
-
-
-async def with_tool_memory(events: Events, turn: Turn) -> Events:
-    """Store the tool calls in their places between the texts, also when a fault or a stop follows.
-
-    chatkit reads the AgentContext's events beside those of the run: a call may overtake the text
-    before it, and a fault or a stop drops the calls that were not read yet.
-    """
-    memory, context = turn.memory, turn.agent_context
-    assert memory and context
-    texts = 0
-    held: list[HiddenContextItem] = []  # until the texts before them have come
-    try:
-        async for event in events:
-            match event:
-                case ThreadItemDoneEvent(item=HiddenContextItem() as item) if (
-                    item.id in memory.waiting
-                ):
-                    held.append(item)
-                case ThreadItemRemovedEvent() if event.item_id in memory.texts_before:
-                    # A guardrail takes the turn back. The client never heard of the call.
-                    await context.store.delete_thread_item(
-                        context.thread.id, event.item_id, context.request_context
-                    )
-                case _:
-                    yield event
-            if event.type == "thread.item.done" and event.item.type == "assistant_message":
-                texts += 1
-            while held and memory.texts_before[held[0].id] <= texts:
-                yield ThreadItemDoneEvent(item=memory.waiting.pop(held.pop(0).id))
-    except Exception as error:
-        if not isinstance(error, tuple(GUARDRAILS)):
-            memory.remember_stopped_calls()
-            for item in list(memory.waiting.values()):
-                yield ThreadItemDoneEvent(item=item)
-        raise
-    memory.remember_stopped_calls()
-    for item in list(memory.waiting.values()):
-        yield ThreadItemDoneEvent(item=item)
-
-
-def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> None:
-    """Apply an update to a streamed message, as the client does."""
-    parts = message.content
-    match update:
-        case AssistantMessageContentPartAdded():
-            parts[update.content_index : update.content_index + 1] = [update.content]
-        case AssistantMessageContentPartTextDelta():
-            parts[update.content_index].text += update.delta
-        case AssistantMessageContentPartAnnotationAdded():
-            parts[update.content_index].annotations.append(update.annotation)
-        case AssistantMessageContentPartDone():
-            parts[update.content_index].text = update.content.text
-
-
 # ---- Warm-up
 
 
@@ -2308,9 +2322,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     logger.info("PROVIDER=%s, model %s", PROVIDER, model.model)
     logger.info("Settings from the environment and %s", ENV_FILE or "no .env file")
     offered = list(dict.fromkeys(OFFERED_MODELS.values()))
-    for warning in [warning for model in offered for warning in model.start_warnings()]:
-        logger.warning("%s", warning)
-    if not TOKENS:
+    for offered_model in offered:
+        for warning in offered_model.start_warnings():
+            logger.warning("%s", warning)
+    if not TOKENS and request_context not in app.dependency_overrides:
         logger.warning(
             "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
         )
@@ -2319,6 +2334,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await server.stop_all_turns()
     await server.warming_up
+
+
+# Then a second SIGTERM ends this process at once. A worker may get the first one twice, from
+# systemd and from its parent.
+serves_alone = False
 
 
 def stop_turns_at_signals() -> None:
@@ -2457,7 +2477,9 @@ class TimedStream(StreamingResponse):
         async def send_in_time(message: Any) -> None:
             self.watch()
             try:
-                await send(message)  # waits while too much is unread
+                # uvicorn waits while too much is unread, and writes then: meanwhile what is unread
+                # can only shrink.
+                await send(message)
             finally:
                 self.timer.cancel()
 
@@ -2635,29 +2657,30 @@ async def chatkit_page() -> str:
 
 # ---- Start ---------------------------------------------------------------------------------------
 
-# A second SIGTERM ends this process at once. A worker may get the first one twice, from systemd and
-# from its parent.
-serves_alone = False
-
 
 def serve() -> None:
-    """Serve the `app` of the program that calls this, on HOST and PORT, with WORKERS processes."""
+    """Serve on HOST and PORT, with WORKERS processes.
+
+    The program that calls this may have an `app` of its own, or `import main` and change it.
+    """
     global serves_alone
     import uvicorn
 
     # uvicorn raises SIGTERM again after its shutdown, and the exit code would not be 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    name = "__main__:app"
+    program = sys.modules["__main__"]
+    place = "app" if hasattr(program, "app") else f"{__name__.rpartition('.')[2]}.app"
+    name = f"__main__:{place}"
     serves_alone = WORKERS == 1
     if not serves_alone:
         if isinstance(server.store, MemoryStore):
             raise SystemExit(
                 f"WORKERS={WORKERS} needs a database: MemoryStore keeps the threads of one process."
             )
-        program = sys.modules["__main__"]
-        name = f"{Path(program.__file__ or '').stem}:app"
-        # Otherwise multiprocessing imports the program in each worker before uvicorn's code runs,
-        # and the parent kills a worker that does not answer it within 5 seconds.
+        # Each worker imports the program by name.
+        name = f"{Path(program.__file__ or '').stem}:{place}"
+        # With a file, multiprocessing would import it before uvicorn's code runs, and the parent
+        # kills a worker that does not answer it within 5 seconds.
         program.__file__ = None
         end_workers_at_second_signal()
     uvicorn.run(

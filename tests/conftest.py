@@ -268,7 +268,7 @@ def recipe(provider, tmp_path):
 
     yield start
     for name, server in started.items():
-        server.stop()
+        assert server.stop() == 0
         check_log(name, server)
 
 

@@ -184,7 +184,7 @@ def test_an_agent_whose_model_has_no_key(additions, chat, provider, tmp_path):
     # Of the defaults, each model misses the key of its own provider.
     main = load_main(tmp_path, {"PROVIDER": "openai"})
     assert main.model.missing_key == "OPENAI_API_KEY"
-    other = main.models.get_model("anthropic/claude-sonnet-4-6")
+    other = main.model_provider.get_model("anthropic/claude-sonnet-4-6")
     assert other.missing_key == "ANTHROPIC_API_KEY"
 
 

@@ -259,7 +259,7 @@ async def test_a_stop_that_comes_before_the_run(main, provider):
     await events.aclose()
     left.set()
     await asyncio.wait([turn.task])
-    assert turn.end == "stopped" and provider.requests == []
+    assert turn.outcome == "stopped" and provider.requests == []
     page = await server.store.load_thread_items(turn.thread_id, None, 10, "asc", {})
     assert [item.type for item in page.data] == ["user_message", "sdk_hidden_context"]
 

@@ -358,7 +358,8 @@ def test_each_turn_is_one_log_line(custom_chat, customised, provider, provider_n
             stream.close()
             break
     customised.wait_for(f"thread={custom_chat.thread_id} ", seconds=10)
-    (line,) = [line for line in customised.log[start:] if custom_chat.thread_id in line]
+    thread = f"thread={custom_chat.thread_id}"
+    (line,) = [line for line in customised.log[start:] if thread in line]
     found = LINE.fullmatch(line).groups()
     pid, thread, provider_is, model, ended, first_delta, total, *tokens = found
     assert int(pid) in processes(customised)

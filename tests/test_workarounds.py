@@ -172,7 +172,7 @@ RUNS = {  # the model's replies, and the kinds of items that are stored after th
         [LOOK, [Text("It is noon.")]],
         ["assistant_message", "hidden_context_item", "assistant_message"],
     ),
-    "fault": ([[*LOOK, ToolCall("fail")]], ["hidden_context_item"]),
+    "fault": ([[*LOOK, ToolCall("fail")]], ["hidden_context_item"] * 2),
     "guardrail": ([LOOK, [Text("It is forbidden.")]], []),
 }
 

@@ -4,7 +4,6 @@ Copy this file beside main.py and run it in its place. A page of your own answer
 ChatKit's option `onClientTool`, as PAGE_OPTIONS does here.
 """
 
-import uvicorn
 from agents import RunContextWrapper, StopAtTools, function_tool
 from chatkit.agents import AgentContext, ClientToolCall
 
@@ -29,4 +28,4 @@ main.PAGE_OPTIONS = """{
 }"""
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -3,7 +3,6 @@
 Copy this file beside main.py and run it in its place.
 """
 
-import uvicorn
 from agents import Agent
 from chatkit.agents import AgentContext
 
@@ -17,4 +16,4 @@ billing = Agent[AgentContext[main.Context]](
 main.server.agent.handoffs.append(billing)
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -11,7 +11,6 @@ import secrets
 from pathlib import Path
 
 import anyio
-import uvicorn
 from chatkit.store import AttachmentStore
 from chatkit.types import Attachment, AttachmentCreateParams, ImageAttachment
 from fastapi import HTTPException, Request
@@ -95,4 +94,4 @@ main.PAGE_OPTIONS = """{
 }""".replace("MAX_IMAGE_BYTES", str(MAX_IMAGE_BYTES))
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

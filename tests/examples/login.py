@@ -10,7 +10,6 @@ import os
 from typing import Annotated
 
 import jwt  # PyJWT, which openai-agents installs through mcp
-import uvicorn
 from fastapi import Cookie, HTTPException
 
 import main
@@ -37,4 +36,4 @@ def logged_in(session: Annotated[str, Cookie()] = "") -> main.Context:
 main.app.dependency_overrides[main.request_context] = logged_in
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import uvicorn
 from agents.mcp import MCPServerStdio
 from fastapi import FastAPI
 
@@ -30,4 +29,4 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 main.app.router.lifespan_context = lifespan
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

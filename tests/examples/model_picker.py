@@ -6,8 +6,6 @@ default model, for example MODELS=gpt-4o-mini,anthropic/claude-sonnet-4-6.
 
 import json
 
-import uvicorn
-
 import main
 
 names = dict.fromkeys([main.model.model, *main.MODELS])
@@ -16,4 +14,4 @@ picker = [{"id": name, "label": name.split("/")[-1]} for name in names]
 main.PAGE_OPTIONS = json.dumps({"composer": {"models": picker}})
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -6,7 +6,6 @@ Copy this file beside main.py and run it in its place.
 import re
 from collections.abc import AsyncIterator
 
-import uvicorn
 from agents import function_tool
 from chatkit.types import Annotation, ThreadMetadata, ThreadStreamEvent, URLSource, UserMessageItem
 
@@ -54,4 +53,4 @@ main.server = CitingServer(main.store)
 main.server.agent.tools.append(search)
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

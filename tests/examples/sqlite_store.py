@@ -167,9 +167,7 @@ class SQLiteStore(Store[Context]):
 
 
 if __name__ == "__main__":
-    import uvicorn
-
     import main
 
     main.server.store = SQLiteStore(os.environ["DATABASE"])
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

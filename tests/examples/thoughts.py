@@ -5,7 +5,6 @@ Anthropic's default models are, OpenAI's needs for example MODEL=gpt-5. OpenAI k
 itself; servers with OpenAI's API, like vLLM, tell them.
 """
 
-import uvicorn
 from agents import ModelSettings
 from openai.types.shared import Reasoning
 
@@ -14,4 +13,4 @@ import main
 main.server.agent.model_settings = ModelSettings(reasoning=Reasoning(effort="low"))
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -6,7 +6,6 @@ Copy this file beside main.py and run it in its place.
 import asyncio
 from collections.abc import AsyncIterator
 
-import uvicorn
 from agents import Agent, Runner
 from chatkit.types import ThreadMetadata, ThreadStreamEvent, UserMessageItem
 
@@ -60,4 +59,4 @@ class TitlingServer(main.ChatKitServerImpl):
 main.server = TitlingServer(main.store)
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
-import uvicorn
 from agents import RunContextWrapper, function_tool
 from chatkit.actions import Action
 from chatkit.agents import AgentContext
@@ -94,4 +93,4 @@ main.server = Restaurant(main.store)
 main.server.agent.tools.append(find_table)
 
 if __name__ == "__main__":
-    uvicorn.run(main.app, host=main.HOST, port=main.PORT)
+    main.serve()

@@ -239,7 +239,8 @@ class Hooks(main.ToolMemory):
 
     async def on_tool_start(self, context, agent, tool):
         await super().on_tool_start(context, agent, tool)
-        print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
+        if tool.name in ("slow", "slow_in_a_thread", "stock"):
+            print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
 
 
 main.server.hooks = Hooks
