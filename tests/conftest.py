@@ -139,6 +139,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     "stopped_idle": {"PROVIDER": "openai"},
     "stopped_busy": {"PROVIDER": "openai"},
     "stopped_streaming": {"PROVIDER": "openai"},
+    "interrupted_streaming": {"PROVIDER": "openai"},
     "served_streaming": {"PROVIDER": "openai"},
     # Other providers. Of the names of Llama models, LiteLLM's guess is a tokenizer on the internet.
     "ollama": {"PROVIDER": "ollama_chat", "MODEL": "llama3.2"},
@@ -180,6 +181,7 @@ store = SQLiteStore(os.environ["DATABASE"])
 CHANGES = {
     "stopped_busy": SOON,
     "stopped_streaming": {**SOON, **ON_SQLITE},
+    "interrupted_streaming": {**SOON, **ON_SQLITE},
     "served_streaming": {**SOON, **ON_SQLITE},
     **{f"durable_{name}": ON_SQLITE for name in PROVIDERS},
     "impatient": {"BODY_SECONDS = 60": "BODY_SECONDS = 1", "READ_SECONDS = 60": "READ_SECONDS = 1"},

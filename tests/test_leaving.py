@@ -486,11 +486,15 @@ async def test_told_to_stop(servers, provider, busy):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"),
-    [("stopped_streaming", 0), ("served_streaming", -signal.SIGTERM)],
-    ids=["python main.py", "uvicorn main:app"],
+    ("name", "number", "code"),
+    [
+        ("stopped_streaming", signal.SIGTERM, 0),
+        ("interrupted_streaming", signal.SIGINT, 0),
+        ("served_streaming", signal.SIGTERM, -signal.SIGTERM),
+    ],
+    ids=["python main.py", "python main.py and Ctrl-C", "uvicorn main:app"],
 )
-async def test_told_to_stop_while_replies_stream(servers, provider, name, code):
+async def test_told_to_stop_while_replies_stream(servers, provider, name, number, code):
     """What was shown is stored, and each client gets a last event with words.
 
     The log has one line for each turn and no traceback. uvicorn's own program ends with the signal.
@@ -502,7 +506,7 @@ async def test_told_to_stop_while_replies_stream(servers, provider, name, code):
     for reading in readings:
         await reading.until('"one "')
     start = len(server.log)
-    assert await asyncio.to_thread(server.stop, signal.SIGTERM) == code
+    assert await asyncio.to_thread(server.stop, number) == code
     reader = servers("sqlite_1")
     for chat, reading in zip(chats, readings, strict=True):
         events = await reading.end()

@@ -459,6 +459,24 @@ def test_fuzz(server):
     assert "Traceback" not in "\n".join(server.log[start:])
 
 
+@pytest.mark.anyio
+async def test_debug_threads_shows_every_page(main, monkeypatch):
+    """It reads 100 rows at a time."""
+    store = main.MemoryStore()
+    monkeypatch.setattr(main.server, "store", store)
+    for number in range(201):
+        thread = main.ThreadMetadata(id=f"thr_{number}", created_at=datetime.now())
+        await store.save_thread(thread, {})
+    for number in range(201):
+        note = {"id": f"itm_{number}", "thread_id": "thr_7", "content": number}
+        item = main.HiddenContextItem(created_at=datetime.now(), **note)
+        await store.add_thread_item("thr_7", item, {})
+    shown = json.loads("".join([piece async for piece in main.debug_json({})]))
+    assert list(shown) == [f"thr_{number}" for number in range(201)]
+    assert [item["content"] for item in shown["thr_7"]["items"]] == list(range(201))
+    assert [shown[id]["count"] for id in ("thr_7", "thr_8")] == [201, 0]
+
+
 def test_health_and_pages_from_elsewhere(server):
     assert httpx.get(f"{server.url}/health", verify=NO_TLS).json() == {"status": "ok"}
     preflight = httpx.options(
