@@ -2321,6 +2321,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.freeze()
     logger.info("PROVIDER=%s, model %s", PROVIDER, model.model)
     logger.info("Settings from the environment and %s", ENV_FILE or "no .env file")
+    logger.info("The chat is at /chatkit")
     offered = list(dict.fromkeys(OFFERED_MODELS.values()))
     for offered_model in offered:
         for warning in offered_model.start_warnings():

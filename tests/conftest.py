@@ -110,6 +110,7 @@ def database(request):
 
 
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
+TOKENS = " , ".join(f"{user}:{token}" for user, token in USERS.items())
 SERVERS = {  # name: the environment of a server that tests share, one for the whole session
     **{
         f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
@@ -120,9 +121,10 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
-        "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
+        "CHATKIT_TOKENS": TOKENS,
         "ALLOWED_ORIGINS": "https://app.example, https://other.example",
     },
+    "page": {"PROVIDER": "openai", "CHATKIT_TOKENS": TOKENS},  # its own origin may call it
     # Blank variables, as docker compose leaves them.
     "no_key": dict.fromkeys(
         ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""

@@ -14,7 +14,7 @@ import httpx
 import jwt
 import pytest
 
-from client import NO_TLS, ROOT, SUPPORT, Chat, done, text_of
+from client import NO_TLS, ROOT, SUPPORT, Chat, done, free_port, text_of
 from conftest import USERS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -124,7 +124,7 @@ def test_without_openai_s_script(browser, servers):
 
 
 def test_the_token_is_asked_for(page, servers, provider):
-    url = f"{servers('users').url}/chatkit"
+    url = f"{servers('page').url}/chatkit"
     page.goto(url)
     notice, token = page.locator("#notice"), page.get_by_label("Token")
     reason = httpx.post(url, verify=NO_TLS, content="").json()["detail"]
@@ -154,7 +154,7 @@ def test_the_token_is_asked_for(page, servers, provider):
 
 
 def test_the_token_is_told_to_this_server_only(page, servers, provider):
-    page.goto(f"{servers('users').url}/chatkit")
+    page.goto(f"{servers('page').url}/chatkit")
     page.get_by_label("Token").fill(USERS["alice"])
     page.keyboard.press("Enter")
     expect(page.locator("#chat")).to_be_visible()
@@ -222,12 +222,14 @@ def test_an_upload_of_the_recipe(page, recipe):
 def test_a_login_of_the_recipe(page, recipe):
     """The server asks for no token, so the page does not ask, either."""
     secret = "0123456789abcdef0123456789abcdef"
-    server = recipe("login", "mock", SESSION_SECRET=secret, ALLOWED_ORIGINS="https://shop.example")
-    page.goto(f"{server.url}/chatkit")
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    recipe("login", "mock", SESSION_SECRET=secret, ALLOWED_ORIGINS=url, PORT=port)
+    page.goto(f"{url}/chatkit")
     expect(page.locator("#notice")).to_have_text("Please log in.")
     expect(page.locator("#login")).to_be_hidden()
     value = jwt.encode({"sub": "alice", "exp": time.time() + 60}, secret, "HS256")
-    page.context.add_cookies([{"name": "session", "value": value, "url": server.url}])
+    page.context.add_cookies([{"name": "session", "value": value, "url": url}])
     page.reload()
     say(page, "Hello!")
     expect(page.locator(".assistant")).to_have_count(1)

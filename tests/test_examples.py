@@ -97,17 +97,28 @@ def pasted(recipe: str) -> str:
     return re.sub(r"\bmain\.", "", without_imports.split("if __name__ ==")[0])
 
 
-def test_all_recipes_pasted_into_main(tmp_path):
-    """No name of a recipe hides one of main.py's, or one of another recipe's."""
+def test_all_recipes_pasted_into_main(tmp_path, provider):
+    """No name of a recipe hides one of main.py's, or one of another recipe's.
+
+    None takes away what another one has added.
+    """
     start = "# ---- Start -"
     recipes = [path for path in EXAMPLES.glob("*.py") if not path.stem.endswith("_store")]
     code = "".join(pasted(path.read_text()) for path in sorted(recipes))
     command = shlex.join([sys.executable, str(SUPPORT / "mcp_server.py")])
-    environment = {"PROVIDER": "mock", "MODEL": "gpt-5", "MCP_SERVER": command, **LOGIN}
+    environment = {**provider.environment(), "MCP_SERVER": command, **LOGIN}
+    environment |= {"PROVIDER": "openai", "MODEL": "gpt-5"}
     server = Server(tmp_path, environment, fork=True, changes={start: f"{code}\n{start}"})
     chat = Chat(server.started().url)
     chat.http.headers.update(cookie())
-    assert [item.type for item in done(chat.say("hello"))] == ["assistant_message"]
+    provider.script["hello"] = [[Text("See [1].")]]
+    (reply,) = done(chat.say("hello"))
+    assert len(reply.content[0].annotations) == 1
+    (request,) = [request for request in provider.requests if request.message == "hello"]
+    tools = {tool["function"]["name"] for tool in request.body["tools"]}
+    assert tools >= {"find_table", "local_time", "search", "weather", "transfer_to_billing"}
+    widget = {"thread_id": chat.thread_id, "action": {"type": "cook"}}
+    assert chat.post("threads.custom_action", **widget).is_success
     assert chat.http.get("/chatkit").status_code == 200
     assert server.stop() == 0
     assert "Traceback" not in "\n".join(server.log)
@@ -260,7 +271,8 @@ def test_an_image_is_kept_shown_and_told(recipe, provider, provider_name, tmp_pa
 
 @pytest.mark.parametrize("provider_name", ["openai"])
 def test_images_that_are_refused(recipe, provider, provider_name, tmp_path):
-    server = recipe("images", provider_name, CHATKIT_TOKENS=TOKENS)
+    at = "https://chat.example/prefix/images"
+    server = recipe("images", provider_name, CHATKIT_TOKENS=TOKENS, IMAGES_URL=at)
     alice, bob = Chat(server.url, "token-of-alice"), Chat(server.url, "token-of-bob")
     refused = {
         413: upload(alice, PNG + bytes(5 * 1024 * 1024)),
@@ -284,6 +296,7 @@ def test_images_that_are_refused(recipe, provider, provider_name, tmp_path):
     assert list((tmp_path / "images" / "images").iterdir()) == []
 
     image = upload(alice).json()
+    assert image["preview_url"] == f"{at}/{image['id']}.png"
     message = {"content": [], "attachments": [image["id"]], "inference_options": {}}
     for response in (
         bob.post("threads.create", input=message),

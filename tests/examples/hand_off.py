@@ -14,6 +14,7 @@ billing = Agent[AgentContext[main.Context]](
     instructions="You answer questions about invoices. Ask for the invoice's number first.",
 )
 main.server.agent.handoffs.append(billing)
+billing.handoffs.append(main.server.agent)  # and back, for everything else
 
 if __name__ == "__main__":
     main.serve()

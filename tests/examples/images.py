@@ -1,6 +1,7 @@
 """Images from the composer: kept on disk, shown in the chat, and told to the model.
 
-Copy this file beside main.py and run it in its place. The images are kept in the folder IMAGES.
+Copy this file beside main.py and run it in its place. The images are kept in the folder that IMAGES
+names, `images` by default. Behind a proxy, IMAGES_URL is the address at which users reach /images.
 Only their user can send or delete them. Who knows the address of an image can look at it: a browser
 sends no token for an <img>.
 """
@@ -23,6 +24,7 @@ import main
 
 FOLDER = Path(os.getenv("IMAGES", "images"))
 FOLDER.mkdir(exist_ok=True)
+IMAGES_URL = os.getenv("IMAGES_URL", "")
 MAX_IMAGE_BYTES = 4 * 1024 * 1024
 FORM_BYTES = 4 * 1024  # what a form adds to its file
 STARTS = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}  # the first bytes of a file
@@ -56,11 +58,12 @@ async def upload(request: Request, context: main.RequestContext) -> Attachment:
         raise HTTPException(415, "Only PNG and JPEG images can be sent.")
     id = f"atc_{secrets.token_hex(16)}"
     await anyio.Path(FOLDER / f"{id}.{kind}").write_bytes(content)
+    address = IMAGES_URL or str(request.url_for("images", path=""))
     image = ImageAttachment(
         id=id,
         name=name,
         mime_type=f"image/{kind}",
-        preview_url=AnyUrl(str(request.url_for("images", path=f"{id}.{kind}"))),
+        preview_url=AnyUrl(f"{address.rstrip('/')}/{id}.{kind}"),
     )
     await main.store.save_attachment(image, context)
     return image

@@ -2,8 +2,17 @@
 
 Copy this file beside main.py and run it in its place. Your login sets the cookie `session`, with
 the attributes HttpOnly, Secure and SameSite=Lax. Its value is a token that SESSION_SECRET signs
-(HS256), with the user (`sub`) and an end (`exp`). A page of another server sends the cookie if
-ChatKit's option `api.fetch` sets `credentials: "include"`.
+(HS256), with the user (`sub`, a string) and an end (`exp`). A page of another server sends the
+cookie if ChatKit's option `api.fetch` sets `credentials: "include"`. /docs stays open.
+
+To try it with the page of this server, whose origin must be named, too:
+
+    export SESSION_SECRET=$(openssl rand -hex 32) ALLOWED_ORIGINS=http://localhost:8000
+    backend/.venv/bin/python -c 'import jwt, os, time; print(jwt.encode(
+        {"sub": "alice", "exp": time.time() + 3600}, os.environ["SESSION_SECRET"]))'
+    backend/.venv/bin/python backend/login.py
+
+and in the browser's console: document.cookie = "session=...".
 """
 
 import os

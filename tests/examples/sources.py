@@ -38,19 +38,22 @@ def citations(text: str) -> list[Annotation]:
     return found
 
 
-class CitingServer(main.ChatKitServerImpl):
-    async def respond(
-        self, thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
-    ) -> AsyncIterator[ThreadStreamEvent]:
-        async for event in super().respond(thread, input, context):
-            if event.type == "thread.item.done" and event.item.type == "assistant_message":
-                for part in event.item.content:
-                    part.annotations += citations(part.text)
-            yield event
+respond_without_sources = main.server.respond
 
 
-main.server = CitingServer(main.store)
+async def respond_with_sources(
+    thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
+) -> AsyncIterator[ThreadStreamEvent]:
+    async for event in respond_without_sources(thread, input, context):
+        if event.type == "thread.item.done" and event.item.type == "assistant_message":
+            for part in event.item.content:
+                part.annotations += citations(part.text)
+        yield event
+
+
 main.server.agent.tools.append(search)
+# A subclass would do as well, but a server of its own has an agent of its own, without your tools.
+main.server.respond = respond_with_sources  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main.serve()

@@ -1,6 +1,12 @@
 """A second Store, on SQLite: proof that the contract can be kept by a database.
 
-Run as a program it is the chat server with this store in MemoryStore's place.
+Copy this file beside main.py, and write there, in place of `store = MemoryStore()`:
+
+    from sqlite_store import SQLiteStore
+
+    store = SQLiteStore("chat.sqlite")
+
+Run as a program it is the chat server with this store, on the file that DATABASE names.
 """
 
 import asyncio
@@ -169,5 +175,7 @@ class SQLiteStore(Store[Context]):
 if __name__ == "__main__":
     import main
 
-    main.server.store = SQLiteStore(os.environ["DATABASE"])
+    if main.WORKERS > 1:  # each would import this file, without what follows
+        raise SystemExit("For WORKERS, write `store = SQLiteStore(...)` into main.py.")
+    main.server.store = SQLiteStore(os.getenv("DATABASE", "chat.sqlite"))
     main.serve()

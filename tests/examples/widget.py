@@ -63,34 +63,33 @@ async def find_table(ctx: RunContextWrapper[AgentContext[main.Context]], guests:
     return "The user sees the table and a button that books it."
 
 
-class Restaurant(main.ChatKitServerImpl):
-    async def action(
-        self,
-        thread: ThreadMetadata,
-        action: Action[str, Any],
-        sender: WidgetItem | None,
-        context: main.Context,
-    ) -> AsyncIterator[ThreadStreamEvent]:
-        """Book the table when the button of the widget `sender` is clicked."""
-        if action.type != "book" or sender is None:
-            return
-        booking = Booking.model_validate(action.payload)  # it comes from a browser: check it
-        booking.booked = True
-        sender.widget = CARD.build(booking)
-        yield ThreadItemReplacedEvent(item=sender)
-        # The model is told by an item that the user does not see.
-        yield ThreadItemDoneEvent(
-            item=HiddenContextItem(
-                id=self.store.generate_item_id("message", thread, context),
-                thread_id=thread.id,
-                created_at=datetime.now(),
-                content=f"The user booked the table for {booking.guests}.",
-            )
+async def book(
+    thread: ThreadMetadata,
+    action: Action[str, Any],
+    sender: WidgetItem | None,
+    context: main.Context,
+) -> AsyncIterator[ThreadStreamEvent]:
+    """Book the table when the button of the widget `sender` is clicked."""
+    if action.type != "book" or sender is None:
+        return
+    booking = Booking.model_validate(action.payload)  # it comes from a browser: check it
+    booking.booked = True
+    sender.widget = CARD.build(booking)
+    yield ThreadItemReplacedEvent(item=sender)
+    # The model is told by an item that the user does not see.
+    yield ThreadItemDoneEvent(
+        item=HiddenContextItem(
+            id=main.store.generate_item_id("message", thread, context),
+            thread_id=thread.id,
+            created_at=datetime.now(),
+            content=f"The user booked the table for {booking.guests}.",
         )
+    )
 
 
-main.server = Restaurant(main.store)
 main.server.agent.tools.append(find_table)
+# A subclass would do as well, but a server of its own has an agent of its own, without your tools.
+main.server.action = book  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main.serve()
