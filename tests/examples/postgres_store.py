@@ -99,6 +99,7 @@ RIGHTS = (
     "their schema unless the tables exist. `python postgres_store.py` prints their SQL."
 )
 UNAVAILABLE = "The database is unavailable. Try again in a moment."
+PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here
 LOG_SECONDS = 60  # the same cause is logged once in this time
 logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
@@ -321,9 +322,16 @@ class PostgresStore(Store[Context]):
         if after:
             number = f"SELECT number FROM {table.name} WHERE {table.visible} AND id = %(after)s"
             start = f"AND number {comparison} ({number})"
+        # Of the rows that are too many, NULL: they are not sent.
         statement = (
-            f"SELECT data::text FROM {table.name} WHERE {table.visible} {start} "
+            "WITH page AS ("
+            f"SELECT number, data::text AS data FROM {table.name} WHERE {table.visible} {start} "
             f"ORDER BY number {direction} LIMIT %(limit)s"
+            "), sized AS ("
+            f"SELECT number, data, sum(octet_length(data)) OVER (ORDER BY number {direction}) "
+            "- octet_length(data) AS before FROM page"
+            f") SELECT CASE WHEN before < {PAGE_BYTES} THEN data END FROM sized "
+            f"ORDER BY number {direction}"
         )
         rows = await self.rows(
             statement, context, limit + 1, after=after or "", thread_id=thread_id
@@ -331,8 +339,9 @@ class PostgresStore(Store[Context]):
         if after and not rows:
             # Raises NotFoundError unless it is the last row.
             await self.load(table, after, context, thread_id)
-        data = [table.type.validate_json(from_jsonb(text)) for (text,) in rows[:limit]]
-        more = len(rows) > limit
+        texts = [text for (text,) in rows[:limit] if text is not None]
+        data = [table.type.validate_json(from_jsonb(text)) for text in texts]
+        more = len(rows) > len(data)
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     async def delete(

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS rows (
 );
 CREATE INDEX IF NOT EXISTS lists ON rows (kind, owner, parent, number);
 """
+PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here
 Context = dict[str, str]  # {} or {"user_id": ...}
 Row = TypeVar("Row", ThreadMetadata, ThreadItem, Attachment)
 
@@ -102,9 +103,16 @@ class SQLiteStore(Store[Context]):
             f"SELECT json FROM rows WHERE kind = ? AND parent = ? AND owner = ? {beyond} "
             f"ORDER BY number {direction} LIMIT ?",
             (kind.name, parent, context.get("user_id", ""), limit + 1),
-        ).fetchall()
-        data = [kind.type.validate_json(json) for (json,) in found[:limit]]
-        more = len(found) > limit
+        )
+        data: list[Row] = []
+        size = 0
+        more = False
+        for (json,) in found:
+            more = len(data) == limit or size > PAGE_BYTES
+            if more:
+                break
+            data.append(kind.type.validate_json(json))
+            size += len(json)
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     # ---- chatkit's Store
