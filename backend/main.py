@@ -1672,9 +1672,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_item(params.thread_id, item_id, context)
                     await asyncio.sleep(0)  # a long item takes milliseconds: let others run
             case "attachments.create":
-                self.check_attachment_store()
+                self.check_attachment_store("create_attachment", kind)
             case "attachments.delete":
-                self.check_attachment_store()
+                self.check_attachment_store("delete_attachment", kind)
                 await self.store.load_attachment(params.attachment_id, context)
             case "input.transcribe":
                 self.check_method("transcribe", kind)
@@ -1728,14 +1728,14 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
     def check_method(self, name: str, kind: str) -> None:
         """Refuse a request whose method you have not written: chatkit's own raises an error."""
-        method = getattr(self, name, None)
-        original = getattr(ChatKitServer, name, None)
-        if method is None or getattr(method, "__func__", method) is original:
+        if not is_written(self, ChatKitServer, name):
             raise HTTPException(400, f"{kind} is not supported.")
 
-    def check_attachment_store(self) -> None:
+    def check_attachment_store(self, name: str, kind: str) -> None:
         if self.attachment_store is None:
             raise HTTPException(400, "Attachments are not configured.")
+        if not is_written(self.attachment_store, AttachmentStore, name):
+            raise HTTPException(400, f"{kind} is not supported.")
 
 
 # ---- Checks of a request
@@ -1753,6 +1753,14 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         place = ".".join(str(name) for name in first["loc"])
         reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise HTTPException(400, reason[:300]) from None
+
+
+def is_written(owner: object, base: type, name: str) -> bool:
+    """Return whether the owner has a method of this name that is not the base class's."""
+    method = getattr(owner, name, None)
+    return method is not None and getattr(method, "__func__", method) is not getattr(
+        base, name, None
+    )
 
 
 def pending_tool_call(newest_items: list[ThreadItem]) -> ClientToolCallItem | None:

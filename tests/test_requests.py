@@ -260,6 +260,13 @@ async def test_an_attachment_of_another_user(main):
     assert files.deleted == []
     assert await server.store.load_attachment("atc_1", alice) == attachment
 
+    # This store takes uploads elsewhere: ChatKit's own two phases are not possible.
+    create = {"name": "a.txt", "size": 1, "mime_type": "text/plain"}
+    with pytest.raises(main.HTTPException) as refusal:
+        await server.process(json.dumps({"type": "attachments.create", "params": create}), alice)
+    assert refusal.value.status_code == 400
+    assert refusal.value.detail == "attachments.create is not supported."
+
     # Without a text, too.
     alone = {"input": message("", attachments=["atc_1"])}
     assert await server.process(json.dumps({"type": "threads.create", "params": alone}), alice)
