@@ -1758,9 +1758,8 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
 def is_written(owner: object, base: type, name: str) -> bool:
     """Return whether the owner has a method of this name that is not the base class's."""
     method = getattr(owner, name, None)
-    return method is not None and getattr(method, "__func__", method) is not getattr(
-        base, name, None
-    )
+    original = getattr(base, name, None)
+    return method is not None and getattr(method, "__func__", method) is not original
 
 
 def pending_tool_call(newest_items: list[ThreadItem]) -> ClientToolCallItem | None:
