@@ -79,6 +79,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 from weakref import ref
 
@@ -246,6 +247,8 @@ from agents import (
     Runner,
     RunResultStreaming,
     Tool,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
     TResponseInputItem,
 )
 from agents.extensions.models.litellm_model import LitellmModel
@@ -663,6 +666,10 @@ GUARDRAILS: list[type[Exception]] = [
 ]
 # A mistake in this server, or in what is installed, and not the provider's.
 SERVER_BUGS: list[type[Exception]] = [ImportError, TypeError, AttributeError, NameError]
+TOOL_GUARDRAILS: list[type[Exception]] = [
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+]
 # What openai-agents raises around the model's calls, so that ProviderModel cannot catch it. The own
 # errors of a tool are none of these: chatkit logs them.
 TURN_FAULTS: tuple[type[Exception], ...] = (
@@ -671,6 +678,7 @@ TURN_FAULTS: tuple[type[Exception], ...] = (
     ModelBehaviorError,
     ModelRefusalError,
     *GUARDRAILS,
+    *TOOL_GUARDRAILS,
 )
 FILTERED = Fault(
     "The AI provider's content filter stopped this.",
@@ -732,7 +740,7 @@ FAULTS = [  # the first that fits is the one
     Fault(
         "This server's rules do not allow this. Rephrase your message.",
         allow_retry=False,
-        errors=GUARDRAILS,
+        errors=[*GUARDRAILS, *TOOL_GUARDRAILS],
     ),
     Fault(
         "The model used tools again and again without an answer. Rephrase your message.",
@@ -1012,16 +1020,16 @@ def on_one_line(error: BaseException, key: str | None = None) -> str:
     text = str(error).partition("Traceback (most recent call last)")[0]
     text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
     text = printable(text)
-    keys = [key or ""]
-    keys += [value for name, value in os.environ.items() if name.endswith(SECRETS)]
-    for key in keys:
-        if len(key) >= 8:  # what is shorter is no secret, but may be a part of many words
-            text = text.replace(key, "***")
+    secrets = [key or "", *TOKENS]
+    secrets += [value for name, value in os.environ.items() if name.endswith(SECRETS)]
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
+            text = text.replace(printable(secret), "***")
     return text
 
 
 # How the names of variables end that hold keys.
-SECRETS = ("_KEY", "_TOKEN", "_TOKENS", "_SECRET", "_PASSWORD")
+SECRETS = ("_KEY", "_APIKEY", "_TOKEN", "_SECRET", "_PASSWORD")
 # Control characters, and those that change the direction of a text or break its lines.
 UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff]"
@@ -1405,11 +1413,15 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             yield self.event_that_saves(thread, context)
 
         agent = await self.agent_for(thread, input, context)
+        run_config = await self.run_config_for(thread, input, context)
         if input and (tool := input.inference_options.tool_choice):
             # Of this agent alone: the one that it hands off to may not have the tool. openai-agents
             # forces it in the first step only.
             forced = ModelSettings(tool_choice=tool.id)
             agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
+            if run_config.model_settings:  # whose choice would win
+                settings = replace(run_config.model_settings, tool_choice=None)
+                run_config = replace(run_config, model_settings=settings)
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         memory = self.hooks(self.forgotten_tools)
         result = Runner.run_streamed(
@@ -1417,7 +1429,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             await self.history(thread, context),
             context=agent_context,
             hooks=memory,
-            run_config=await self.run_config_for(thread, input, context),
+            run_config=run_config,
         )
         turn.attach(result, agent_context, memory)
 
@@ -1433,7 +1445,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 yield event
         except TURN_FAULTS as error:
             turn.model.raise_fault(error)
-        await self.remember_agent(thread, result.last_agent, context)
+        self.remember_agent(thread, result.last_agent)
 
         if turn.client_left:
             with suppress(NotFoundError):  # the thread may have been deleted meanwhile
@@ -1456,17 +1468,13 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             known += [other for other in agents if other not in known]
         return self.agent
 
-    async def remember_agent(
-        self, thread: ThreadMetadata, agent: Agent[Any], context: Context
-    ) -> None:
-        """Let the agent that a hand-off chose answer the thread's next message, too."""
-        if agent.name == thread.metadata.get("agent", self.agent.name):
-            return
-        with suppress(NotFoundError):  # the thread may have been deleted meanwhile
-            # Not `thread`, which is older: the user may have renamed it.
-            latest = await self.store.load_thread(thread.id, context)
-            latest.metadata = {**latest.metadata, "agent": agent.name}
-            await self.store.save_thread(latest, context)
+    def remember_agent(self, thread: ThreadMetadata, agent: Agent[Any]) -> None:
+        """Let the agent that a hand-off chose answer the thread's next message, too.
+
+        chatkit saves the thread if it changed.
+        """
+        if agent.name != thread.metadata.get("agent", self.agent.name):
+            thread.metadata = {**thread.metadata, "agent": agent.name}
 
     async def run_config_for(
         self, thread: ThreadMetadata, input: UserMessageItem | None, context: Context
@@ -1539,6 +1547,12 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         thread_id: str | None = getattr(parsed.params, "thread_id", None)
         if thread_id and parsed.type in ("threads.delete", "threads.retry_after_item"):
             await self.stop_turns(thread_id)
+
+        if parsed.type == "threads.update" and thread_id:
+            # A running turn may save its thread, and would bring the old title back.
+            for turn in self.turns:
+                if turn.thread_id == thread_id and turn.agent_context:
+                    turn.agent_context.thread.title = parsed.params.title
 
         # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
         if not is_streaming_req(parsed):
@@ -2677,28 +2691,37 @@ def serve() -> None:
     # uvicorn raises SIGTERM again after its shutdown, and the exit code would not be 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     program = sys.modules["__main__"]
-    place = "app" if hasattr(program, "app") else f"{__name__.rpartition('.')[2]}.app"
-    name = f"__main__:{place}"
+    served = getattr(program, "app", app)
     serves_alone = WORKERS == 1
     if not serves_alone:
         if isinstance(server.store, MemoryStore):
             raise SystemExit(
                 f"WORKERS={WORKERS} needs a database: MemoryStore keeps the threads of one process."
             )
-        # Each worker imports the program by name.
-        name = f"{Path(program.__file__ or '').stem}:{place}"
+        served = name_for_workers(program)
         # With a file, multiprocessing would import it before uvicorn's code runs, and the parent
         # kills a worker that does not answer it within 5 seconds.
         program.__file__ = None
         end_workers_at_second_signal()
     uvicorn.run(
-        name,
+        served,
         host=HOST,
         port=PORT,
         workers=WORKERS,
         http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
     )
+
+
+def name_for_workers(program: ModuleType) -> str:
+    """Return the name by which each worker imports the program, and the app in it."""
+    places = ["app"] if hasattr(program, "app") else []
+    for name, value in vars(program).items():
+        if value is sys.modules[__name__]:
+            places.append(f"{name}.app")
+    if not places:
+        raise SystemExit("With WORKERS, the program needs `import main` at its top, or an `app`.")
+    return f"{Path(program.__file__ or '').stem}:{places[0]}"
 
 
 def end_workers_at_second_signal() -> None:

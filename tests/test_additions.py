@@ -1,7 +1,10 @@
 """What people add to their copy: other models, tools, agents, handlers and stores."""
 
+import json
+
 import httpx
 import pytest
+from agents import Agent, ToolGuardrailFunctionOutput, function_tool, tool_input_guardrail
 from chatkit.store import Store
 
 from client import NO_TLS, Chat, done, error_of, load_main, message, text_of
@@ -131,6 +134,62 @@ def test_the_agent_that_a_hand_off_chose_goes_on(chat, provider, main):
     english, spanish = main.INSTRUCTIONS, "Answer in Spanish."
     assert told == [english, spanish, spanish, spanish, english, english]
     assert all("reasoning_effort" not in request.body for request in provider.requests)
+
+
+@pytest.mark.anyio
+async def test_a_forced_tool_wins_over_the_runs_settings(main, provider):
+    model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = model
+    server.agent.tools.append(function_tool(lambda: "noon", name_override="clock"))
+    settings = main.ModelSettings(tool_choice="auto", temperature=0)
+    server.run_config = main.RunConfig(model_settings=settings)
+    provider.script["go"] = [[ToolCall("clock")], [Text("It is noon.")]]
+    request = {"input": message("go", **choosing(tool="clock"))}
+    body = json.dumps({"type": "threads.create", "params": request})
+    assert b"It is noon." in b"".join([event async for event in await server.process(body, {})])
+    first, second = (request.body for request in provider.requests)
+    assert first["tool_choice"]["function"]["name"] == "clock"
+    assert (second.get("tool_choice"), second["temperature"]) == (None, 0)
+
+
+@pytest.mark.anyio
+async def test_a_hand_off_and_a_change_of_the_thread(main, provider):
+    """Both are kept, also if an override of `respond` changes the thread at its end."""
+    model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+
+    class Counting(main.ChatKitServerImpl):
+        async def respond(self, thread, input, context):
+            async for event in super().respond(thread, input, context):
+                yield event
+            thread.metadata = {**thread.metadata, "seen": 1}
+
+    server = Counting(main.MemoryStore())
+    server.agent.model = model
+    server.agent.handoffs.append(Agent("Billing", model=model))
+    provider.script["go"] = [[ToolCall("transfer_to_billing")], [Text("Here.")]]
+    body = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    assert [event async for event in await server.process(body, {})]
+    (thread,) = (await server.store.load_threads(1, None, "asc", {})).data
+    assert thread.metadata == {"agent": "Billing", "seen": 1}
+
+
+@pytest.mark.anyio
+async def test_a_guardrail_of_a_tool(main, provider):
+    """The person reads a sentence, and the log has no traceback."""
+
+    @tool_input_guardrail
+    def never(data) -> ToolGuardrailFunctionOutput:
+        return ToolGuardrailFunctionOutput.raise_exception()
+
+    server = main.ChatKitServerImpl(main.MemoryStore())
+    server.agent.model = main.ProviderModel("openai/gpt-4o", f"{provider.url}/openai", "key")
+    tool = function_tool(lambda: "paid", name_override="pay", tool_input_guardrails=[never])
+    server.agent.tools.append(tool)
+    provider.script["go"] = [[ToolCall("pay")]]
+    body = json.dumps({"type": "threads.create", "params": {"input": message("go")}})
+    events = b"".join([event async for event in await server.process(body, {})])
+    assert b"This server's rules do not allow this." in events
 
 
 def test_a_thread_is_renamed_while_it_is_handed_off(chat, provider):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
@@ -384,6 +385,37 @@ def test_a_canned_reply_is_complete(servers):
     """It has no finish reason: ProviderStream would take it for one that was cut off."""
     events = Chat(servers("env_file").url).say("hello")
     assert "error" not in [event.type for event in events]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from main import serve",
+        "import main as chat\nserve = chat.serve",
+        "import main\nmain.app.title = 'mine'\nserve = main.serve",
+        "def serve():\n    import main\n    main.serve()",
+    ],
+)
+def test_a_program_that_serves(tmp_path, program):
+    path = tmp_path / "program.py"
+    path.write_text(f"{program}\nif __name__ == '__main__':\n    serve()\n")
+    server = Server(tmp_path / "server", {"PROVIDER": "mock"}, path, fork=True).started()
+    title = httpx.get(f"{server.url}/openapi.json", verify=NO_TLS).json()["info"]["title"]
+    assert title == ("mine" if "mine" in program else "ChatKit Server")
+    assert server.stop() == 0
+
+
+def test_what_each_worker_imports(main, monkeypatch):
+    """The program, not main.py alone: that would serve without what the program adds."""
+    monkeypatch.setitem(sys.modules, main.__name__, main)
+    program = ModuleType("program")
+    program.__file__ = "/srv/program.py"
+    with pytest.raises(SystemExit, match="import main"):
+        main.name_for_workers(program)
+    program.chat = main
+    assert main.name_for_workers(program) == "program:chat.app"
+    program.app = main.app
+    assert main.name_for_workers(program) == "program:app"
 
 
 def test_a_blank_key_is_a_missing_key(tmp_path):

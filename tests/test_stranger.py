@@ -653,6 +653,10 @@ def test_no_key_is_in_the_log(main, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "any")  # what servers that need none are given
     said = "Many a company got other-key-0123456789, token-0123456789 or given-0123456789."
     masked = "Many a company got ***, *** or ***."
+    # One key is the beginning of another, and one is changed by `printable`.
+    monkeypatch.setenv("OLD_API_KEY", "other-key-")
+    monkeypatch.setenv("WATSONX_APIKEY", "with  two\u200b spaces")
+    assert main.on_one_line(Exception("got with  two\u200b spaces")) == "got ***"
     assert main.on_one_line(Exception(said), "given-0123456789") == masked
     model = main.ProviderModel("openai/gpt-4o", api_key="given-0123456789")
     assert "given" not in main.cause_of(Exception(said), model.api_key)

@@ -49,10 +49,11 @@ async def write_title(
         )
         title = str(result.final_output).strip()[:60]
         if not turn_is_over.is_set():
-            thread.title = title  # chatkit sees the change, saves it, and tells the client
+            if thread.title == first_words:  # the user may have changed it
+                thread.title = title  # chatkit sees the change, saves it, and tells the client
             return
         stored = await main.store.load_thread(thread.id, context)
-        if stored.title == first_words:  # the user may have changed it
+        if stored.title == first_words:
             stored.title = title
             await main.store.save_thread(stored, context)
     except Exception as error:  # then the first words remain
