@@ -666,6 +666,7 @@ GUARDRAILS: list[type[Exception]] = [
 ]
 # A mistake in this server, or in what is installed, and not the provider's.
 SERVER_BUGS: list[type[Exception]] = [ImportError, TypeError, AttributeError, NameError]
+# Of these chatkit takes back no message.
 TOOL_GUARDRAILS: list[type[Exception]] = [
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
@@ -876,10 +877,8 @@ class ProviderModel(LitellmModel):
         # An agent that was made without a model has the reasoning effort and the verbosity of
         # OpenAI's default model, which other models refuse.
         default = get_default_model_settings()
-        if (model_settings.reasoning, model_settings.verbosity) == (
-            default.reasoning,
-            default.verbosity,
-        ):
+        same_effort = model_settings.reasoning == default.reasoning
+        if same_effort and model_settings.verbosity == default.verbosity:
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
         model_settings = self.settings.resolve(model_settings)
         fetch: Any = super()._fetch_response  # its overloads allow no *args
@@ -990,7 +989,8 @@ def texts_of(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(texts_of, value))
     text = str(value)
-    return "" if text.startswith("data:") else text
+    is_data = text.startswith("data:") and ";base64," in text[:100]
+    return "" if is_data else text
 
 
 def without_chat(text: str, chat: str) -> str:
@@ -1415,13 +1415,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         agent = await self.agent_for(thread, input, context)
         run_config = await self.run_config_for(thread, input, context)
         if input and (tool := input.inference_options.tool_choice):
-            # Of this agent alone: the one that it hands off to may not have the tool. openai-agents
-            # forces it in the first step only.
-            forced = ModelSettings(tool_choice=tool.id)
-            agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
-            if run_config.model_settings:  # whose choice would win
-                settings = replace(run_config.model_settings, tool_choice=None)
-                run_config = replace(run_config, model_settings=settings)
+            agent, run_config = force_tool(tool.id, agent, run_config)
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         memory = self.hooks(self.forgotten_tools)
         result = Runner.run_streamed(
@@ -1550,8 +1544,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         if parsed.type == "threads.update" and thread_id:
             # A running turn may save its thread, and would bring the old title back.
-            for turn in self.turns:
-                if turn.thread_id == thread_id and turn.agent_context:
+            for turn in self.turns_of(thread_id):
+                if turn.agent_context:
                     turn.agent_context.thread.title = parsed.params.title
 
         # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
@@ -1615,11 +1609,14 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         Repeat it, because a turn may begin while we wait: it would save a deleted thread again.
         """
         stopped: set[Turn] = set()
-        while turns := {turn for turn in self.turns if turn.thread_id == thread_id} - stopped:
+        while turns := set(self.turns_of(thread_id)) - stopped:
             for turn in turns:
                 turn.stop()
             await wait_for(list(turns))
             stopped |= turns
+
+    def turns_of(self, thread_id: str) -> list[Turn]:
+        return [turn for turn in self.turns if turn.thread_id == thread_id]
 
     async def wait_for_stopped_turns(self, thread_id: str) -> None:
         """Wait until the thread's turns that were stopped are stored, so that the order is kept.
@@ -1627,7 +1624,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         Whoever stops a reply and sends the next message at once does both at the same moment: the
         server may hear of the message first.
         """
-        turns = [turn for turn in self.turns if turn.thread_id == thread_id]
+        turns = self.turns_of(thread_id)
         await wait_for(turns, seconds=DISCONNECT_SECONDS)
         await wait_for([turn for turn in turns if turn.stopped])
 
@@ -1820,6 +1817,22 @@ async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> 
         await asyncio.wait(tasks, timeout=seconds)
 
 
+def force_tool(
+    name: str, agent: Agent[AgentContext[Context]], run_config: RunConfig
+) -> tuple[Agent[AgentContext[Context]], RunConfig]:
+    """Return the agent and the run's settings with the tool that the user chose.
+
+    openai-agents forces it in the agent's first step only. It is not one of the run's settings:
+    those hold for the next agent of a hand-off, too, which may not have the tool.
+    """
+    forced = ModelSettings(tool_choice=name)
+    agent = agent.clone(model_settings=agent.model_settings.resolve(forced))
+    if run_config.model_settings:  # whose choice would win
+        settings = replace(run_config.model_settings, tool_choice=None)
+        run_config = replace(run_config, model_settings=settings)
+    return agent, run_config
+
+
 def message_text(message: UserMessageItem | UserMessageInput) -> str:
     """Return what the user typed, on one line."""
     return " ".join(" ".join(part.text for part in message.content).split())
@@ -1938,12 +1951,10 @@ async def with_tool_memory(events: Events, turn: Turn) -> Events:
                 yield ThreadItemDoneEvent(item=memory.unstored.pop(too_early.pop(0).id))
     except Exception as error:
         if not isinstance(error, tuple(GUARDRAILS)):
-            memory.remember_stopped_calls()
-            for item in list(memory.unstored.values()):
+            for item in memory.items_of_the_rest():
                 yield ThreadItemDoneEvent(item=item)
         raise
-    memory.remember_stopped_calls()
-    for item in list(memory.unstored.values()):
+    for item in memory.items_of_the_rest():
         yield ThreadItemDoneEvent(item=item)
 
 
@@ -1996,8 +2007,9 @@ class ToolMemory(RunHooks[Any]):
         agent: Agent[AgentContext[Context]],
         tool: Tool,
     ) -> None:
-        # Others are tools of OpenAI's Responses API.
-        if isinstance(context, ToolContext) and isinstance(tool, FunctionTool):
+        if not isinstance(context, ToolContext) or not isinstance(tool, FunctionTool):
+            return  # a tool of OpenAI's Responses API
+        if tool.name not in self.forgotten_tools:
             self.running.append(context)
 
     async def on_tool_end(
@@ -2008,25 +2020,26 @@ class ToolMemory(RunHooks[Any]):
         result: object,
     ) -> None:
         if not isinstance(context, ToolContext) or not isinstance(tool, FunctionTool):
-            return
+            return  # a tool of OpenAI's Responses API
         self.running = [other for other in self.running if other is not context]
-        if not self.asks_client(context.context, agent, tool):
-            for item in self.remember(context, result):
-                await context.context.stream(ThreadItemDoneEvent(item=item))
+        if tool.name in self.forgotten_tools or self.asks_client(context.context, agent, tool):
+            return
+        item = self.remember(context, result)
+        await context.context.stream(ThreadItemDoneEvent(item=item))
 
-    def remember_stopped_calls(self) -> None:
-        """Remember the calls that a stop or a fault did not let end.
+    def items_of_the_rest(self) -> list[HiddenContextItem]:
+        """Return what is still to be stored when the run has ended.
 
-        A function that is not async goes on in its thread, and may still do what it was asked.
+        Among it are the calls that a stop or a fault did not let end. A function that is not async
+        goes on in its thread, and may still do what it was asked.
         """
         for context in self.running:
             self.remember(context, STOPPED_CALL)
         self.running = []
+        return list(self.unstored.values())
 
-    def remember(self, context: ToolContext[Any], result: object) -> list[HiddenContextItem]:
-        """Return the item that is to be stored for this call; none for a forgotten tool."""
-        if context.tool_name in self.forgotten_tools:
-            return []
+    def remember(self, context: ToolContext[Any], result: object) -> HiddenContextItem:
+        """Return the item that is to be stored for this call."""
         item = HiddenContextItem(
             id=context.context.generate_id("sdk_hidden_context"),
             thread_id=context.context.thread.id,
@@ -2035,7 +2048,7 @@ class ToolMemory(RunHooks[Any]):
         )
         self.messages_before[item.id] = self.messages_done
         self.unstored[item.id] = item
-        return [item]
+        return item
 
     def asks_client(
         self, context: AgentContext[Context], agent: Agent[Any], tool: FunctionTool

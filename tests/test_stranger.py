@@ -667,6 +667,7 @@ def test_images_are_no_text_of_the_chat(main):
     image = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 9}
     told = [{"role": "user", "content": [{"type": "input_text", "text": "look"}, image]}]
     assert "AAA" not in main.texts_of(told) and "look" in main.texts_of(told)
+    assert main.texts_of("data: what I typed") == "data: what I typed"
 
 
 # ---- All of it at once ----------------------------------------------------------

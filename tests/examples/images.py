@@ -37,7 +37,7 @@ class Images(AttachmentStore[main.Context]):
         raise HTTPException(400, "Upload the image to /images.")
 
     async def delete_attachment(self, attachment_id: str, context: main.Context) -> None:
-        await main.store.load_attachment(attachment_id, context)  # raises NotFoundError
+        await main.server.store.load_attachment(attachment_id, context)  # raises NotFoundError
         for kind in STARTS:
             await anyio.Path(FOLDER / f"{attachment_id}.{kind}").unlink(missing_ok=True)
 
@@ -65,7 +65,7 @@ async def upload(request: Request, context: main.RequestContext) -> Attachment:
         mime_type=f"image/{kind}",
         preview_url=AnyUrl(f"{address.rstrip('/')}/{id}.{kind}"),
     )
-    await main.store.save_attachment(image, context)
+    await main.server.store.save_attachment(image, context)
     return image
 
 

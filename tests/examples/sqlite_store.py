@@ -108,7 +108,7 @@ class SQLiteStore(Store[Context]):
         size = 0
         more = False
         for (json,) in found:
-            more = len(data) == limit or size > PAGE_BYTES
+            more = len(data) == limit or size >= PAGE_BYTES
             if more:
                 break
             data.append(kind.type.validate_json(json))

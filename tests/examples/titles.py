@@ -52,10 +52,10 @@ async def write_title(
             if thread.title == first_words:  # the user may have changed it
                 thread.title = title  # chatkit sees the change, saves it, and tells the client
             return
-        stored = await main.store.load_thread(thread.id, context)
+        stored = await main.server.store.load_thread(thread.id, context)
         if stored.title == first_words:
             stored.title = title
-            await main.store.save_thread(stored, context)
+            await main.server.store.save_thread(stored, context)
     except Exception as error:  # then the first words remain
         main.logger.warning("No title for %s: %s", thread.id, type(error).__name__)
 

@@ -79,7 +79,7 @@ async def book(
     # The model is told by an item that the user does not see.
     yield ThreadItemDoneEvent(
         item=HiddenContextItem(
-            id=main.store.generate_item_id("message", thread, context),
+            id=main.server.store.generate_item_id("message", thread, context),
             thread_id=thread.id,
             created_at=datetime.now(),
             content=f"The user booked the table for {booking.guests}.",
