@@ -30,17 +30,19 @@ Limits   threads are kept in memory, by one process; the model sees the newest H
 
 The file, from top to bottom. Start reading at `ChatKitServerImpl.respond`: it is one turn.
 A message goes from chatkit_endpoint to process, check and Turn.read; in the turn's own task from
-produce to chatkit, respond and the run (ProviderModel), and back through the stages. chatkit then
-stores the items that are done, and the events go through the queue to Turn.read and the client.
+produce to chatkit and respond; in openai-agents' task through the run (ProviderModel); and in the
+turn's task back through the stages. chatkit then stores the items that are done, and the events go
+through the queue to Turn.read and the client.
 
          Process-wide effects      what importing this file changes outside of it
          Settings                  constants, then environment variables
          Store                     MemoryStore: threads, items and attachments
          Model                     ProviderModel: LiteLLM with time limits and readable faults
          Server                    Turn: the task of one reply
-                                   ToolMemory: what tools were asked and answered
                                    ChatKitServerImpl: checks a request, then answers it
                                    with_...: the stages that a turn's events pass through
+                                   ToolMemory: what tools were asked and answered
+                                   Converter: what the model is told of each item
                                    warm_up: what the first chat would have to wait for
          Routes                    the FastAPI app
          Start                     serve: uvicorn, with one process or several
@@ -304,6 +306,7 @@ from litellm.exceptions import (
 from litellm.types.utils import LlmProviders
 from openai import AsyncStream
 from openai._streaming import ServerSentEvent
+from openai.types.chat import ChatCompletionChunk
 from openai.types.responses import (
     ResponseFunctionToolCallParam,
     ResponseInputMessageContentListParam,
@@ -333,7 +336,7 @@ MAX_PAGE = 100  # rows of a page, whatever the client asks for
 PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here; so does what the model sees of them
 BODY_SECONDS = 60  # a request's body must arrive within this time
 READ_SECONDS = 60  # a client that reads nothing of a stream for so long is cut off
-SILENCE_SECONDS = 15  # a silent stream then sends a heartbeat; many proxies close it after 60
+SILENCE_SECONDS = 15  # a stream that is silent for so long sends a heartbeat
 SHUTDOWN_SECONDS = 5  # running chats may go on for this long after SIGTERM, or after a stop
 DISCONNECT_SECONDS = 0.05  # the news that a client has left may come later than its next message
 
@@ -666,7 +669,7 @@ GUARDRAILS: list[type[Exception]] = [
 ]
 # A mistake in this server, or in what is installed, and not the provider's.
 SERVER_BUGS: list[type[Exception]] = [ImportError, TypeError, AttributeError, NameError]
-# Of these chatkit takes back no message.
+# Unlike for those above, chatkit takes back no message for these.
 TOOL_GUARDRAILS: list[type[Exception]] = [
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
@@ -875,7 +878,8 @@ class ProviderModel(LitellmModel):
                 f"This server has no {self.missing_key}. Set it, or try PROVIDER=mock.", False
             )
         # An agent that was made without a model has the reasoning effort and the verbosity of
-        # OpenAI's default model, which other models refuse.
+        # OpenAI's default model, which other models refuse. Equal settings of your own are dropped
+        # with them.
         default = get_default_model_settings()
         same_effort = model_settings.reasoning == default.reasoning
         if same_effort and model_settings.verbosity == default.verbosity:
@@ -1020,16 +1024,16 @@ def on_one_line(error: BaseException, key: str | None = None) -> str:
     text = str(error).partition("Traceback (most recent call last)")[0]
     text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), text)
     text = printable(text)
-    secrets = [key or "", *TOKENS]
-    secrets += [value for name, value in os.environ.items() if name.endswith(SECRETS)]
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+    keys = [key or "", *TOKENS]
+    keys += [value for name, value in os.environ.items() if name.endswith(SECRET_SUFFIXES)]
+    for secret in sorted(keys, key=len, reverse=True):  # one may be a part of another
         if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
             text = text.replace(printable(secret), "***")
     return text
 
 
 # How the names of variables end that hold keys.
-SECRETS = ("_KEY", "_APIKEY", "_TOKEN", "_SECRET", "_PASSWORD")
+SECRET_SUFFIXES = ("_KEY", "_APIKEY", "_TOKEN", "_SECRET", "_PASSWORD")
 # Control characters, and those that change the direction of a text or break its lines.
 UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff]"
@@ -2304,7 +2308,9 @@ def warm_up(models: list[ProviderModel]) -> None:
 
     On the event loop they would hold up every other chat for most of a second. A canned reply
     imports what reads replies, and a request to an address where nobody listens what sends them.
+    Neither reaches the chunks of OpenAI's client, which pydantic compiles with the first of them.
     """
+    ChatCompletionChunk.model_rebuild()
     for model in models:
         try:
             asyncio.run(answer_unseen(ProviderModel(model.model, canned_reply="Warm.")))

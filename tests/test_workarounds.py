@@ -360,8 +360,21 @@ def test_tokens_are_counted_with_a_tokenizer_from_the_internet(servers, provider
 
 @pytest.mark.parametrize("name", ["gemini", "openai", "anthropic"])
 def test_the_first_chat_imports_hundreds_of_modules(tmp_path, provider, name):
-    """The imports that it needs are done while the server starts, in a thread."""
-    server = Server(tmp_path, {**provider.environment(), "PROVIDER": name}).started()
+    """The imports that it needs are done while the server starts, in a thread.
+
+    A neighbour on the same core can double what one chat takes: then two more processes are asked,
+    and the median counts.
+    """
+    environment = {**provider.environment(), "PROVIDER": name}
+    ratios = [first_chat_to_next(tmp_path / "1", environment)]
+    if ratios[0] > 3:
+        ratios += [first_chat_to_next(tmp_path / number, environment) for number in "23"]
+    assert sorted(ratios)[len(ratios) // 2] <= 3, ratios
+
+
+def first_chat_to_next(folder: Path, environment: dict[str, str]) -> float:
+    """CPU time of a new process's first chat, by that of the next five's median."""
+    server = Server(folder, environment).started()
     try:
         time.sleep(3)
         seconds = []
@@ -373,7 +386,7 @@ def test_the_first_chat_imports_hundreds_of_modules(tmp_path, provider, name):
     finally:
         server.stop()
     first, *others = seconds
-    assert first <= 3 * sorted(others)[len(others) // 2], seconds
+    return first / sorted(others)[len(others) // 2]
 
 
 def cpu_seconds(server: Server) -> float:
