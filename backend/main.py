@@ -85,7 +85,7 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 from weakref import ref
 
-from dotenv import load_dotenv
+from dotenv import dotenv_values, load_dotenv
 
 # ---- Process-wide effects ------------------------------------------------------------------------
 
@@ -95,19 +95,33 @@ ROOT_DIR = Path(__file__).resolve().parent.parent
 # The template's place, or beside this file, for a copy of it.
 ENV_FILES = [ROOT_DIR / ".env", Path(__file__).resolve().parent / ".env"]
 ENV_FILE = next((file for file in ENV_FILES if file.is_file()), None)
-# Never load_dotenv(None): it would search the folders above.
-load_dotenv(ENV_FILE or ENV_FILES[0])
+# With None, load_dotenv would search the folders above.
+ENV_PATH = ENV_FILE or ENV_FILES[0]
+# load_dotenv leaves a variable that exists as it is. A blank one, which docker compose makes of an
+# unset one, would hide the value in the file.
+for name in dotenv_values(ENV_PATH):
+    if not os.getenv(name, "set").strip():
+        del os.environ[name]
+load_dotenv(ENV_PATH)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an environment variable that is unset or blank."""
+    if not os.getenv(name, "").strip():
+        os.environ[name] = value
+
+
 # LiteLLM would download its price map when it is imported, and a list of headers for Claude on
 # Bedrock later. Newer releases have one setting for all that they download.
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-os.environ.setdefault("LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS", "True")
-os.environ.setdefault("LITELLM_OFFLINE_MODE", "True")
+set_default("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+set_default("LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS", "True")
+set_default("LITELLM_OFFLINE_MODE", "True")
 # openai-agents would upload traces of every chat to OpenAI.
-os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "true")
+set_default("OPENAI_AGENTS_DISABLE_TRACING", "true")
 # LiteLLM would let a process have 500 connections to a provider, and 1,000 in all: the 501st chat
 # would wait until another one has ended.
-os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "10000")
-os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "10000")
+set_default("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "10000")
+set_default("AIOHTTP_CONNECTOR_LIMIT", "10000")
 
 
 def clean_keys() -> None:
@@ -1503,13 +1517,32 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         It starts with a user message: some providers refuse a conversation that starts with the
         assistant's.
         """
-        items = (await self.newest_items(thread.id, context))[::-1]
+        page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
+        items = page.data[::-1]
         while items and items[0].type != "user_message":
             items = items[1:]
+        if not items:
+            items = await self.question_before(thread.id, page, context) + page.data[::-1]
         told = await self.converter.to_agent_input(items)
         if turn := Turn.current.get(None):
             turn.explain_mark = any(f"<{MARK}>" in str(message.get("content")) for message in told)
         return told
+
+    async def question_before(
+        self, thread_id: str, page: Page[ThreadItem], context: Context
+    ) -> list[ThreadItem]:
+        """Return the newest user message before this page, if there is one.
+
+        A turn of many tool calls can have more items than the model sees.
+        """
+        while page.has_more:
+            page = await self.store.load_thread_items(
+                thread_id, page.after, HISTORY_ITEMS, "desc", context
+            )
+            for item in page.data:
+                if item.type == "user_message":
+                    return [item]
+        return []
 
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
         """Return as many items as the model sees, newest first."""

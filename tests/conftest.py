@@ -117,7 +117,8 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         for name in PROVIDERS
     },
     **{name: {"PROVIDER": name} for name in PROVIDERS},
-    "as_by_a_user": {"PROVIDER": "gemini"},
+    # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
+    "as_by_a_user": {"PROVIDER": "gemini", "AIOHTTP_CONNECTOR_LIMIT": ""},
     **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
@@ -125,7 +126,6 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         "ALLOWED_ORIGINS": "https://app.example, https://other.example",
     },
     "page": {"PROVIDER": "openai", "CHATKIT_TOKENS": TOKENS},  # its own origin may call it
-    # Blank variables, as docker compose leaves them.
     "no_key": dict.fromkeys(
         ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""
     ),
@@ -134,7 +134,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
         "MODELS": "gpt-4o-mini, gemini/gemini-flash-latest,anthropic/claude-sonnet-4-6,mistral/m",
     },
     "workers": {"PROVIDER": "mock", "WEB_CONCURRENCY": "4"},
-    "env_file": {},
+    "env_file": {"PROVIDER": ""},  # .env has a value
     "sqlite_1": {"PROVIDER": "openai"},
     "sqlite_2": {"PROVIDER": "openai"},
     "stopped": {"PROVIDER": "mock"},

@@ -469,6 +469,18 @@ def test_a_hundred_turns_with_tools(not_on_postgres, servers, provider, main, pr
     assert characters < (turns // 10 + 1) * main.TOOL_OUTPUT_LENGTH + turns * 1_000
 
 
+def test_a_turn_that_is_longer_than_the_window(main, custom_chat, provider):
+    """It goes on after a client tool, and the model still reads what was asked."""
+    calls = [OSLO] * (main.HISTORY_ITEMS + 1)
+    provider.script["go"] = [calls, [ToolCall("pick_colour", {"hint": "warm"})], [Text("Fine.")]]
+    custom_chat.say("hello")
+    custom_chat.say("go")
+    (reply,) = done(custom_chat.answer("red"))
+    assert text_of(reply) == "Fine."
+    window = stock("Oslo") * (main.HISTORY_ITEMS - 1)
+    assert conversation(provider)[:-2] == [("user", "go"), *window]
+
+
 # ---- Quotes and tags ------------------------------------------------------------
 
 

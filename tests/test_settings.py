@@ -1,5 +1,6 @@
 """Settings, starts that must not happen, keys, models, and the template's five boxes."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -416,6 +417,24 @@ def test_what_each_worker_imports(main, monkeypatch):
     assert main.name_for_workers(program) == "program:chat.app"
     program.app = main.app
     assert main.name_for_workers(program) == "program:app"
+
+
+@pytest.mark.parametrize(("value", "kept"), [("", "true"), (" ", "true"), ("false", "false")])
+def test_a_blank_variable_has_the_default(main, monkeypatch, value, kept):
+    """With OPENAI_AGENTS_DISABLE_TRACING="", openai-agents would upload traces."""
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", value)
+    main.set_default("OPENAI_AGENTS_DISABLE_TRACING", "true")
+    assert os.environ["OPENAI_AGENTS_DISABLE_TRACING"] == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [("", "from-the-file"), (" ", "from-the-file"), ("m", "m")]
+)
+def test_a_blank_variable_hides_nothing_in_the_env_file(tmp_path, value, read):
+    (tmp_path / ".env").write_text("MODEL=from-the-file\nOPENAI_API_KEY=key-of-the-file\n")
+    settings = {"PROVIDER": "openai", "MODEL": value, "OPENAI_API_KEY": value}
+    main = load_main(tmp_path, settings)
+    assert read == main.MODEL and main.model.missing_key is None
 
 
 def test_a_blank_key_is_a_missing_key(tmp_path):
