@@ -15,7 +15,7 @@ UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-postgres postgres test-latest test-browser lint bench bench-postgres lock check-lock clean
+.PHONY: help venv run test test-slow test-postgres postgres test-latest test-browser lint bench bench-postgres lock check-lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,8 +25,11 @@ venv: $(VENV)/installed  ## Create backend/.venv with the tested versions (the o
 run: venv  ## Run the server; for example make run PROVIDER=mock PORT=9000
 	@exec $(VENV)/bin/python backend/main.py
 
-test: venv  ## Run the tests, in two processes side by side
-	$(VENV)/bin/python tests/support/halves.py
+test: venv  ## Run the tests but for the slow ones, in two processes side by side
+	$(VENV)/bin/python tests/support/halves.py -m "not slow"
+
+test-slow: venv  ## Run the slow tests: many chats at once, long conversations, a browser
+	$(VENV)/bin/python tests/support/halves.py -m slow
 
 test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with two workers
 	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
@@ -35,7 +38,7 @@ postgres: venv
 	@$(VENV)/bin/python tests/support/cluster.py
 	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt -c backend/constraints.txt
 
-test-latest: $(LATEST)/installed  ## Run the tests on the newest release of every dependency
+test-latest: $(LATEST)/installed  ## Run all tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python tests/support/halves.py
 

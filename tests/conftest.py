@@ -1,6 +1,8 @@
+import os
 import resource
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
@@ -13,6 +15,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_N
 
 # Before the other imports, hence E402: both take seconds, and a second core is free.
 forked.warm_up()
+# LiteLLM would download its price map here, too, and try three times.
+os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_OFFLINE_MODE": "True"})
 
 import agents  # noqa: E402
 import pytest  # noqa: E402
@@ -35,6 +39,14 @@ def pytest_addoption(parser):
         action="store_true",
         help="run the servers as two workers on PostgreSQL, "
         "that of DATABASE_URL or a throw-away cluster",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "slow: hundreds of chats or requests, new processes, a browser, or another store "
+        "(make test-slow)",
     )
 
 
@@ -169,8 +181,8 @@ ON_POSTGRES = (
     "stopped_idle",
     "stopped_busy",
 )
-# These start as a user starts them, the others as forks of a process that has done the imports.
-NEW_PROCESSES = ("as_by_a_user", "env_file")
+# This one starts as a user starts it, the others as forks of a process that has done the imports.
+NEW_PROCESSES = ("as_by_a_user",)
 # What differs in main.py from the original.
 SOON = {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}
 ON_SQLITE = {
@@ -259,21 +271,35 @@ def check_log(name: str, server: Server) -> None:
         assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 
-@pytest.fixture
-def recipe(provider, tmp_path):
-    """recipe(name, provider, **environment): tests/examples/<name>.py, started for one test."""
+@contextmanager
+def starting_recipes(provider, folder: Path):
     started: dict[str, Server] = {}
 
     def start(name: str, provider_name: str, **environment: str) -> Server:
-        environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
-        program = EXAMPLES / f"{name}.py"
-        started[name] = Server(tmp_path / name, environment, program, fork=True)
-        return started[name].started()
+        if name not in started:
+            environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
+            program = EXAMPLES / f"{name}.py"
+            started[name] = Server(folder / name, environment, program, fork=True).started()
+        return started[name]
 
     yield start
     for name, server in started.items():
         assert server.stop() == 0
         check_log(name, server)
+
+
+@pytest.fixture
+def recipe(provider, tmp_path):
+    """recipe(name, provider, **environment): tests/examples/<name>.py, started for one test."""
+    with starting_recipes(provider, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_recipe(provider, tmp_path_factory):
+    """The same, started once for all tests of a file."""
+    with starting_recipes(provider, tmp_path_factory.mktemp("recipes")) as start:
+        yield start
 
 
 @pytest.fixture(params=PROVIDERS)

@@ -26,6 +26,8 @@ except ImportError:
 if not BROWSER:
     pytest.skip("needs Chromium and tests/requirements-browser.txt", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "https://cdn.platform.openai.com/deployments/chatkit/chatkit.js"
 STAND_IN = (SUPPORT / "chatkit_stand_in.js").read_text()
 DOMAIN_KEY = re.search(r'domainKey: "(.*?)"', (ROOT / "backend" / "main.py").read_text())[1]

@@ -86,6 +86,7 @@ def test_the_model_is_told_each_message_once_and_in_order(chat, provider, main):
     )
 
 
+@pytest.mark.slow
 def test_a_long_conversation_keeps_its_newest_part(servers, provider, main):
     """With each provider; at once, as this takes longer than any other test."""
     turns = main.HISTORY_ITEMS // 2 + 10

@@ -403,6 +403,7 @@ async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
         return await asyncio.gather(*(one(http, text) for text in texts))
 
 
+@pytest.mark.slow
 async def test_cancelled_streams_leave_nothing_behind(server, provider):
     endless = [[Text("word "), Silence()]]
 
@@ -425,6 +426,7 @@ async def test_cancelled_streams_leave_nothing_behind(server, provider):
     assert not any(request.complete for request in provider.requests[:-1])
 
 
+@pytest.mark.slow
 async def test_two_hundred_chats_at_once(servers, provider):
     server = servers("gemini")
     texts = [f"chat number {number} of many" for number in range(200)]
@@ -441,6 +443,7 @@ async def test_two_hundred_chats_at_once(servers, provider):
     assert replies == [f"You said: {text}" for text in texts], unusual
 
 
+@pytest.mark.slow
 async def test_six_hundred_silent_streams(servers, provider, database):
     """A new chat does not wait for one of them, as with LiteLLM's limit of 500 it would."""
     if database:
@@ -485,6 +488,7 @@ async def test_told_to_stop(servers, provider, busy):
         assert complaint not in "\n".join(server.log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number", "code"),
     [

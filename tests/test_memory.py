@@ -15,7 +15,7 @@ from provider import Failure, Gemini, Silence, Text, Thought, ToolCall
 from test_turns import Reading, again
 
 
-@pytest.fixture(params=["in memory", "on SQLite"])
+@pytest.fixture(params=["in memory", pytest.param("on SQLite", marks=pytest.mark.slow)])
 def customised(request, servers, provider_name):
     """The server with the tools of customised.py."""
     if request.param == "in memory":
@@ -399,6 +399,7 @@ def not_on_postgres(pytestconfig):
         pytest.skip("it runs elsewhere")
 
 
+@pytest.mark.slow
 def test_after_a_restart(not_on_postgres, provider, provider_name, tmp_path):
     settings = {"PROVIDER": provider_name, "DATABASE": str(tmp_path / "chat.sqlite")}
     environment = {**provider.environment(), **settings}
@@ -420,6 +421,7 @@ def test_after_a_restart(not_on_postgres, provider, provider_name, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider_name", PROVIDERS)
 def test_after_a_change_of_the_provider(not_on_postgres, servers, provider, provider_name):
     """The calls of each are told to the others, without the data that only one understands."""
@@ -450,6 +452,7 @@ def test_geminis_thought_signature_comes_back(custom_chat, provider, provider_na
     assert signatures[0] == "c2ln"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider_name", ["openai"])
 def test_a_hundred_turns_with_tools(not_on_postgres, servers, provider, main, provider_name):
     """The window starts at a user message, splits no pair, and ends with the newest."""
@@ -469,6 +472,7 @@ def test_a_hundred_turns_with_tools(not_on_postgres, servers, provider, main, pr
     assert characters < (turns // 10 + 1) * main.TOOL_OUTPUT_LENGTH + turns * 1_000
 
 
+@pytest.mark.slow
 def test_a_turn_that_is_longer_than_the_window(main, custom_chat, provider):
     """It goes on after a client tool, and the model still reads what was asked."""
     calls = [OSLO] * (main.HISTORY_ITEMS + 1)

@@ -418,6 +418,7 @@ def mutated(body, chance: random.Random):
     return chance.choice(strange)
 
 
+@pytest.mark.slow
 def test_fuzz(server):
     """800 mutated requests from a fixed seed.
 

@@ -198,6 +198,7 @@ LONG_THREADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", LONG_THREADS)
 def test_a_thread_of_the_largest_messages(server, provider, main, what):
     """All of it can be read, page by page, and nobody waits for it."""
@@ -381,6 +382,7 @@ def test_a_body_that_does_not_arrive(impatient, provider, drops):
     assert not provider.requests
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_nothing(impatient, provider):
     """The connection is cut off; the turn is stopped, and what it had is stored."""
     piece = "x" * 100_000
@@ -397,6 +399,7 @@ async def test_a_client_that_reads_nothing(impatient, provider):
     assert set(reply["content"][0]["text"]) == {"x"}
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_slowly_is_served(impatient, provider):
     """It takes longer than READ_SECONDS for all of it, but it reads something all the time."""
     provider.script["go"] = [[Text("x" * 100_000) for _ in range(120)]]
@@ -412,6 +415,7 @@ def test_a_client_that_reads_slowly_is_served(impatient, provider):
     assert answer.count(b'"delta":"xxx') == 120
 
 
+@pytest.mark.slow
 def test_a_debug_page_that_is_not_read(impatient, provider):
     provider.script["go"] = [[Text("x" * 500_000)]]
     chat = Chat(impatient.url)
@@ -454,6 +458,7 @@ def local_server(main, store, provider):
 DELETED = "was deleted meanwhile"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["customised_openai", "sqlite_1"])
 async def test_24_requests_to_one_thread_at_once(servers, provider, where):
     """Each is answered, the thread is deleted and does not come back, and the log stays clean."""
@@ -673,6 +678,7 @@ def test_images_are_no_text_of_the_chat(main):
 # ---- All of it at once ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_2000_requests_near_the_limits(server, provider, main):
     """No 5xx, no traceback, and the memory is back to where it was."""
     chance = random.Random(20)

@@ -179,6 +179,7 @@ async def test_stop_and_retry_at_once(server, provider):
         assert provider.requests[-1].messages == [("user", "try")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connection", ["new", "kept alive"])
 def test_stop_and_send_at_once(servers, provider, connection):
     """50 times with no pause: the model is told of the stop before it is told the new question.

@@ -358,6 +358,7 @@ def test_tokens_are_counted_with_a_tokenizer_from_the_internet(servers, provider
     assert "OUTSIDE" not in log and "input_tokens=- output_tokens=-" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemini", "openai", "anthropic"])
 def test_the_first_chat_imports_hundreds_of_modules(tmp_path, provider, name):
     """The imports that it needs are done while the server starts, in a thread.

@@ -205,12 +205,18 @@ def message(text: str, **more) -> dict:
 
 
 class Chat:
-    """A user's thread over HTTP. Every event of every stream is parsed by chatkit's own types."""
+    """A user's thread over HTTP. Every event of every stream is parsed by chatkit's own types.
 
-    def __init__(self, url: str, token: str = "", thread_id: str | None = None):
+    `model` is what the user has chosen of the models that the server offers.
+    """
+
+    def __init__(
+        self, url: str, token: str = "", thread_id: str | None = None, model: str | None = None
+    ):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60, verify=NO_TLS)
         self.thread_id = thread_id
+        self.options = {"model": model} if model else {}
 
     def post(self, type: str, **params) -> httpx.Response:
         return self.http.post("/chatkit", json={"type": type, "params": params})
@@ -240,11 +246,10 @@ class Chat:
 
     def start(self, text: str, **more):
         """The events that answer a message, the first of which makes the thread."""
+        input = message(text, **{"inference_options": self.options, **more})
         if self.thread_id is None:
-            return self.stream("threads.create", input=message(text, **more))
-        return self.stream(
-            "threads.add_user_message", input=message(text, **more), thread_id=self.thread_id
-        )
+            return self.stream("threads.create", input=input)
+        return self.stream("threads.add_user_message", input=input, thread_id=self.thread_id)
 
     def say(self, text: str, **more) -> list:
         return list(self.start(text, **more))

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-# About half of the time.
-FIRST = ("chat", "examples", "leaving", "steps", "wire", "workarounds")
+# About half of the time, with and without the slow tests.
+FIRST = ("examples", "faults", "leaving", "memory", "turns")
 
 first = [str(TESTS / f"test_{name}.py") for name in FIRST]
 second = [str(TESTS), *(f"--ignore={path}" for path in first)]
