@@ -690,7 +690,7 @@ TOOL_GUARDRAILS: list[type[Exception]] = [
 ]
 # What openai-agents raises around the model's calls, so that ProviderModel cannot catch it. The own
 # errors of a tool are none of these: chatkit logs them.
-TURN_FAULTS: tuple[type[Exception], ...] = (
+TURN_ERRORS: tuple[type[Exception], ...] = (
     EmptyReply,
     MaxTurnsExceeded,
     ModelBehaviorError,
@@ -1455,7 +1455,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         try:
             async for event in events:
                 yield event
-        except TURN_FAULTS as error:
+        except TURN_ERRORS as error:
             turn.model.raise_fault(error)
         self.remember_agent(thread, result.last_agent)
 
@@ -1649,7 +1649,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         while turns := set(self.turns_of(thread_id)) - stopped:
             for turn in turns:
                 turn.stop()
-            await wait_for(list(turns))
+            await wait_until_ended(list(turns))
             stopped |= turns
 
     def turns_of(self, thread_id: str) -> list[Turn]:
@@ -1662,15 +1662,15 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         server may hear of the message first.
         """
         turns = self.turns_of(thread_id)
-        await wait_for(turns, seconds=DISCONNECT_SECONDS)
-        await wait_for([turn for turn in turns if turn.stopped])
+        await wait_until_ended(turns, seconds=DISCONNECT_SECONDS)
+        await wait_until_ended([turn for turn in turns if turn.stopped])
 
     async def stop_all_turns(self) -> None:
         """Stop every turn because the server ends, and wait until what was streamed is stored."""
         turns = list(self.turns)
         for turn in turns:
             turn.stop(SERVER_STOPPED)
-        await wait_for(turns)
+        await wait_until_ended(turns)
 
     async def check(self, request: ChatKitReq, context: Context) -> None:
         """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
@@ -1847,7 +1847,7 @@ def check_limit(params: Any) -> None:
         params.limit = min(params.limit, MAX_PAGE)
 
 
-async def wait_for(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
+async def wait_until_ended(turns: list[Turn], seconds: float = 2 * SHUTDOWN_SECONDS) -> None:
     """Wait until the turns have ended, or for so many seconds."""
     tasks = [turn.task for turn in turns if turn.task]
     if tasks:
