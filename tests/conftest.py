@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
+# What you have put beside main.py wins over the recipe of the same name.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend"))
 
 import forked
 
@@ -21,7 +24,7 @@ os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_OFFLINE_MODE
 import agents  # noqa: E402
 import pytest  # noqa: E402
 
-from client import EXAMPLES, SUPPORT, Chat, Server, load_main  # noqa: E402
+from client import EXAMPLES, ROOT, SUPPORT, Chat, Server, load_main  # noqa: E402
 from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
@@ -279,6 +282,11 @@ def starting_recipes(provider, folder: Path):
         if name not in started:
             environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
             program = EXAMPLES / f"{name}.py"
+            yours = ROOT / "backend" / f"{name}.py"
+            if yours.exists():  # beside the copy of main.py, so that no .env of yours is read
+                program = folder / name / "backend" / yours.name
+                program.parent.mkdir(parents=True)
+                shutil.copy(yours, program)
             started[name] = Server(folder / name, environment, program, fork=True).started()
         return started[name]
 
@@ -290,7 +298,10 @@ def starting_recipes(provider, folder: Path):
 
 @pytest.fixture
 def recipe(provider, tmp_path):
-    """recipe(name, provider, **environment): tests/examples/<name>.py, started for one test."""
+    """recipe(name, provider, **environment): a recipe's server, started for one test.
+
+    The file of that name is the one in backend/, or else the one in tests/examples/.
+    """
     with starting_recipes(provider, tmp_path) as start:
         yield start
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import httpx
 import pytest
 
-from client import NO_TLS, ROOT, Chat, Server, done, error_of, load_main, text_of
+from client import EXAMPLES, NO_TLS, ROOT, Chat, Server, done, error_of, load_main, text_of
 
 UNUSABLE = [
     ({"PROVIDER": "gemni"}, "PROVIDER='gemni' is none of gemini, openai, anthropic, mock."),
@@ -449,3 +449,21 @@ def test_web_concurrency_starts_no_workers(servers):
     """Hosting platforms set it, and uvicorn follows it. Each worker would have its own threads."""
     log = "\n".join(servers("workers").log)
     assert log.count("Started server process") == 1 and "parent process" not in log
+
+
+def test_a_program_of_your_own_beside_main(recipe, monkeypatch, tmp_path):
+    """The tests find what you have put into backend/, and your .env is not read for it."""
+    (tmp_path / "yours" / "backend").mkdir(parents=True)
+    (tmp_path / "yours" / ".env").write_text("INSTRUCTIONS=1\n")
+    shutil.copy(EXAMPLES / "widget.py", tmp_path / "yours" / "backend" / "mine.py")
+    monkeypatch.setattr("conftest.ROOT", tmp_path / "yours")
+    server = recipe("mine", "mock")
+    assert "no .env file" in "\n".join(server.log)
+    assert done(Chat(server.url).say("hello"))
+
+
+def test_a_generic_agent_at_the_top_of_main(tmp_path):
+    """pydantic looks for the names of its annotation in sys.modules["main"]."""
+    at = "# ---- Start -"
+    agent = "billing = Agent[AgentContext[Context]](name='Billing')"
+    assert load_main(tmp_path, changes={at: f"{agent}\n{at}"}).billing.name == "Billing"

@@ -52,26 +52,39 @@ def main_code(store: str = "store = MemoryStore()") -> str:
     return code
 
 
-def load_main(folder: Path, settings: dict[str, str] | None = None):
+def changed(code: str, changes: dict[str, str] | None) -> str:
+    for old, new in (changes or {}).items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    return code
+
+
+def load_main(
+    folder: Path, settings: dict[str, str] | None = None, changes: dict[str, str] | None = None
+):
     """main.py as a module of this process: a copy, with no .env beside it.
 
-    PROVIDER is mock unless `settings` say otherwise.
+    PROVIDER is mock unless `settings` say otherwise. `changes` are parts of main.py and what
+    replaces them.
     """
     (folder / "backend").mkdir(parents=True, exist_ok=True)
     path = folder / "backend" / "main.py"
-    path.write_text(main_code())
+    path.write_text(changed(main_code(), changes))
     spec = importlib.util.spec_from_file_location("main", path)
     module = importlib.util.module_from_spec(spec)
-    environment = dict(os.environ)
+    environment, imported = dict(os.environ), sys.modules.get("main")
     try:
         os.environ.clear()
         os.environ.update(
             {"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **(settings or {})}
         )
+        sys.modules["main"] = module  # pydantic looks for the names of annotations there
         spec.loader.exec_module(module)
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        if imported:
+            sys.modules["main"] = imported
     return module
 
 
@@ -102,10 +115,7 @@ class Server:
         if "DATABASE_URL" in environment:
             code = main_code(ON_POSTGRES)
             shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
-        for old, new in (changes or {}).items():
-            assert code.count(old) == 1, old
-            code = code.replace(old, new)
-        main.write_text(code)
+        main.write_text(changed(code, changes))
         self.workers = int(environment.get("WORKERS", "1"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -116,7 +126,7 @@ class Server:
             "PATH": PATH,
             "HOME": str(folder),
             "PYTHONPATH": os.pathsep.join(
-                [str(SUPPORT / "only_loopback"), str(main.parent), str(EXAMPLES)]
+                map(str, (SUPPORT / "only_loopback", main.parent, ROOT / "backend", EXAMPLES))
             ),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
