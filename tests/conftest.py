@@ -1,9 +1,7 @@
 import os
 import resource
-import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
@@ -24,7 +22,7 @@ os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_OFFLINE_MODE
 import agents  # noqa: E402
 import pytest  # noqa: E402
 
-from client import EXAMPLES, ROOT, SUPPORT, Chat, Server, load_main  # noqa: E402
+from client import SUPPORT, Chat, Server, load_main, recipe_path  # noqa: E402
 from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
@@ -133,7 +131,7 @@ SERVERS = {  # name: the environment of a server that tests share, one for the w
     },
     **{name: {"PROVIDER": name} for name in PROVIDERS},
     # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
-    "as_by_a_user": {"PROVIDER": "gemini", "AIOHTTP_CONNECTOR_LIMIT": ""},
+    "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": ""},  # .env has a provider
     **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
     "users": {
         "PROVIDER": "openai",
@@ -184,8 +182,9 @@ ON_POSTGRES = (
     "stopped_idle",
     "stopped_busy",
 )
-# This one starts as a user starts it, the others as forks of a process that has done the imports.
-NEW_PROCESSES = ("as_by_a_user",)
+# These start as a user starts them, the others as forks of a process that has done the imports.
+NEW_PROCESSES = ("as_by_a_user", "served_streaming")
+ENV_FILES = {"as_by_a_user": "PROVIDER=gemini\n", "env_file": "PROVIDER=mock\nPORT=1\nMODEL=\n"}
 # What differs in main.py from the original.
 SOON = {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}
 ON_SQLITE = {
@@ -209,7 +208,7 @@ PROGRAMS = {
     "durable": SUPPORT / "customised.py",
     "users": SUPPORT / "customised.py",
     "additions": SUPPORT / "additions.py",
-    "sqlite": EXAMPLES / "sqlite_store.py",
+    "sqlite": recipe_path("sqlite_store"),
     "env": SUPPORT / "served.py",
     "served": SUPPORT / "served.py",
 }
@@ -224,8 +223,8 @@ def servers(request, provider, database, tmp_path_factory):
 
     def launched(name: str) -> Server:
         folder = tmp_path_factory.mktemp(name)
-        if name == "env_file":
-            (folder / ".env").write_text("PROVIDER=mock\nPORT=1\nMODEL=\n")
+        if name in ENV_FILES:
+            (folder / ".env").write_text(ENV_FILES[name])
         program = PROGRAMS.get(name.partition("_")[0])
         environment = {**provider.environment(), "DATABASE": str(sqlite), **SERVERS[name]}
         if name in eager:
@@ -274,43 +273,20 @@ def check_log(name: str, server: Server) -> None:
         assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 
-@contextmanager
-def starting_recipes(provider, folder: Path):
+@pytest.fixture
+def recipe(provider, tmp_path):
+    """recipe(name, provider, **environment): a recipe, started for one test."""
     started: dict[str, Server] = {}
 
     def start(name: str, provider_name: str, **environment: str) -> Server:
-        if name not in started:
-            environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
-            program = EXAMPLES / f"{name}.py"
-            yours = ROOT / "backend" / f"{name}.py"
-            if yours.exists():  # beside the copy of main.py, so that no .env of yours is read
-                program = folder / name / "backend" / yours.name
-                program.parent.mkdir(parents=True)
-                shutil.copy(yours, program)
-            started[name] = Server(folder / name, environment, program, fork=True).started()
-        return started[name]
+        environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
+        started[name] = Server(tmp_path / name, environment, recipe_path(name), fork=True)
+        return started[name].started()
 
     yield start
     for name, server in started.items():
         assert server.stop() == 0
         check_log(name, server)
-
-
-@pytest.fixture
-def recipe(provider, tmp_path):
-    """recipe(name, provider, **environment): a recipe's server, started for one test.
-
-    The file of that name is the one in backend/, or else the one in tests/examples/.
-    """
-    with starting_recipes(provider, tmp_path) as start:
-        yield start
-
-
-@pytest.fixture(scope="module")
-def shared_recipe(provider, tmp_path_factory):
-    """The same, started once for all tests of a file."""
-    with starting_recipes(provider, tmp_path_factory.mktemp("recipes")) as start:
-        yield start
 
 
 @pytest.fixture(params=PROVIDERS)

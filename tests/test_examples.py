@@ -1,7 +1,4 @@
-"""The recipes in tests/examples/, each run in main.py's place, with each provider.
-
-One server of a recipe offers a model of each provider, where the recipe does not ask for its own.
-"""
+"""The recipes in tests/examples/, each run in main.py's place, with each provider."""
 
 import json
 import re
@@ -17,22 +14,9 @@ from chatkit.widgets import WidgetRoot
 from pydantic import TypeAdapter
 
 from client import EXAMPLES, NO_TLS, SUPPORT, Chat, Server, done, error_of, text_of, until
-from conftest import PROVIDERS
 from provider import Failure, Pause, Silence, Text, Thought, ToolCall
 
 TOKENS = "alice:token-of-alice,bob:token-of-bob"
-
-
-@pytest.fixture
-def ask(shared_recipe, main, provider_name):
-    """ask(recipe, **environment): a chat with the provider of the test."""
-    names = {name: f"{name}/{main.DEFAULT_MODELS[name]}" for name in PROVIDERS}
-
-    def start(name: str, **environment: str) -> Chat:
-        server = shared_recipe(name, "openai", MODELS=",".join(names.values()), **environment)
-        return Chat(server.url, model=names[provider_name])
-
-    return start
 
 
 def without_ids(value):
@@ -121,7 +105,8 @@ def test_all_recipes_pasted_into_main(tmp_path, provider):
     start = "# ---- Start -"
     recipes = [path for path in EXAMPLES.glob("*.py") if not path.stem.endswith("_store")]
     code = "".join(pasted(path.read_text()) for path in sorted(recipes))
-    environment = {**provider.environment(), "MCP_SERVER": MCP_SERVER, **LOGIN}
+    command = shlex.join([sys.executable, str(SUPPORT / "mcp_server.py")])
+    environment = {**provider.environment(), "MCP_SERVER": command, **LOGIN}
     environment |= {"PROVIDER": "openai", "MODEL": "gpt-5"}
     server = Server(tmp_path, environment, fork=True, changes={start: f"{code}\n{start}"})
     chat = Chat(server.started().url)
@@ -152,8 +137,8 @@ def card(*children: dict) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:Direct usage of named:DeprecationWarning")
-def test_a_widget_with_a_button(ask, provider, provider_name):
-    chat = ask("widget")
+def test_a_widget_with_a_button(recipe, provider, provider_name):
+    chat = Chat(recipe("widget", provider_name).url)
     provider.script["four of us"] = [
         [ToolCall("find_table", {"guests": 4})],
         [Text("Here is one.")],
@@ -200,8 +185,8 @@ def test_a_widget_with_a_button(ask, provider, provider_name):
 # ---- A tool in the browser ----------------------------------------------------------------------
 
 
-def test_a_client_tool(ask, provider, provider_name):
-    chat = ask("client_tool")
+def test_a_client_tool(recipe, provider, provider_name):
+    chat = Chat(recipe("client_tool", provider_name).url)
     provider.script["what time is it?"] = [[ToolCall("local_time")], [Text("Noon.")]]
     call = {"type": "client_tool_call", "name": "local_time", "arguments": {}}
     assert shown(chat.say("what time is it?")) == [
@@ -241,11 +226,11 @@ def upload(chat: Chat, content: bytes = PNG, field: str = "file") -> httpx.Respo
     return chat.http.post("/images", files={field: ("a cat.png", content, "image/png")})
 
 
-def test_an_image_is_kept_shown_and_told(ask, shared_recipe, provider, provider_name):
-    chat = ask("images")
+def test_an_image_is_kept_shown_and_told(recipe, provider, provider_name, tmp_path):
+    server = recipe("images", provider_name)
+    chat = Chat(server.url)
     image = upload(chat).json()
-    folder = Path(shared_recipe("images", "").environment["HOME"]) / "images"
-    kept = folder / f"{image['id']}.png"
+    kept = tmp_path / "images" / "images" / f"{image['id']}.png"
     assert re.fullmatch("atc_[0-9a-f]{32}", image["id"])
     address = f"{str(chat.http.base_url).rstrip('/')}/images/{image['id']}.png"
     known = {key: value for key, value in image.items() if value is not None}
@@ -358,8 +343,8 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     ]
 
 
-def test_sources_are_shown(ask, provider, provider_name):
-    chat = ask("sources")
+def test_sources_are_shown(recipe, provider, provider_name):
+    chat = Chat(recipe("sources", provider_name).url)
     provider.script["returns?"] = [
         [ToolCall("search", {"query": "returned"})],
         [Text("Within 30 days [1]"), Text(", see [7].")],
@@ -411,8 +396,8 @@ def instructions(provider) -> list[str]:
     return [seen.format.instructions(seen.body) for seen in provider.requests]
 
 
-def test_a_hand_off(ask, provider, provider_name, main):
-    chat = ask("hand_off")
+def test_a_hand_off(recipe, provider, provider_name, main):
+    chat = Chat(recipe("hand_off", provider_name).url)
     provider.script["my invoice is wrong"] = [
         [Text("One moment. "), ToolCall("transfer_to_billing")],
         [Text("Which number has it?")],
@@ -433,11 +418,11 @@ def test_a_hand_off(ask, provider, provider_name, main):
     assert instructions(provider)[1] == instructions(provider)[2]
 
 
-MCP_SERVER = shlex.join([sys.executable, str(SUPPORT / "mcp_server.py")])
-
-
-def test_the_tools_of_an_mcp_server(ask, provider, provider_name):
-    chat = ask("mcp_tools", MCP_SERVER=MCP_SERVER)
+@pytest.mark.slow
+def test_the_tools_of_an_mcp_server(recipe, provider, provider_name):
+    command = [sys.executable, str(SUPPORT / "mcp_server.py")]
+    server = recipe("mcp_tools", provider_name, MCP_SERVER=shlex.join(command))
+    chat = Chat(server.url)
     provider.script["rain?"] = [[ToolCall("weather", {"city": "Rome"})], [Text("It does.")]]
     assert [text_of(item) for item in done(chat.say("rain?"))] == ["It does."]
     call, output = tool_pair(provider_name, "weather", {"city": "Rome"}, "It rains in Rome.")
@@ -445,11 +430,7 @@ def test_the_tools_of_an_mcp_server(ask, provider, provider_name):
         parts = json.dumps([{"text": "It rains in Rome.", "type": "text"}])
         output = ("tool", output[1].replace('"It rains in Rome."', parts))
     assert told(provider) == [("user", "rain?"), call, output]
-
-
-def test_an_mcp_server_ends_with_the_server(recipe):
-    server = recipe("mcp_tools", "mock", MCP_SERVER=MCP_SERVER)
-    assert ", model openai/gpt-4o" in "\n".join(server.log)  # main.py's own start
+    assert f"PROVIDER={provider_name}, model" in "\n".join(server.log)  # main.py's own start
     pid = server.process.pid
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     server.stop()
@@ -468,9 +449,10 @@ def cookie(secret: str = SECRET, algorithm: str = "HS256", **claims) -> dict[str
     return {"Cookie": "session=" + jwt.encode(claims, secret, algorithm)}
 
 
-def test_a_login_by_cookie(ask, provider, provider_name):
-    alice, bob = ask("login", **LOGIN), ask("login", **LOGIN)
-    alice.http.headers.update(cookie(sub=f"alice, who asks {provider_name}"))
+def test_a_login_by_cookie(recipe, provider, provider_name):
+    server = recipe("login", provider_name, **LOGIN)
+    alice, bob = Chat(server.url), Chat(server.url)
+    alice.http.headers.update(cookie())
     bob.http.headers.update(cookie(sub="bob"))
     assert [text_of(item) for item in done(alice.say("hello"))] == ["You said: hello"]
     assert [thread["title"] for thread in alice.get("threads.list")["data"]] == ["hello"]
@@ -489,7 +471,7 @@ def test_a_login_by_cookie(ask, provider, provider_name):
     ):
         for method, path in (("POST", "/chatkit"), ("GET", "/debug/threads")):
             body = {"type": "threads.list", "params": {}}
-            url = f"{alice.http.base_url}{path}"
+            url = f"{server.url}{path}"
             response = httpx.request(method, url, headers=headers, json=body, verify=NO_TLS)
             assert (response.status_code, response.json()) == (401, {"detail": "Please log in."})
             assert "www-authenticate" not in response.headers

@@ -472,6 +472,7 @@ async def test_a_chat_that_ended_leaves_no_request_open(customised, provider):
     assert not provider.open()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 async def test_told_to_stop(servers, provider, busy):
     server = servers("stopped_busy" if busy else "stopped_idle")

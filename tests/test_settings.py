@@ -453,10 +453,12 @@ def test_web_concurrency_starts_no_workers(servers):
 
 def test_a_program_of_your_own_beside_main(recipe, monkeypatch, tmp_path):
     """The tests find what you have put into backend/, and your .env is not read for it."""
-    (tmp_path / "yours" / "backend").mkdir(parents=True)
-    (tmp_path / "yours" / ".env").write_text("INSTRUCTIONS=1\n")
-    shutil.copy(EXAMPLES / "widget.py", tmp_path / "yours" / "backend" / "mine.py")
-    monkeypatch.setattr("conftest.ROOT", tmp_path / "yours")
+    yours = tmp_path / "yours" / "backend"
+    yours.mkdir(parents=True)
+    (yours / ".env").write_text("MODEL=yours\n")
+    shutil.copy(ROOT / "backend" / "main.py", yours)
+    shutil.copy(EXAMPLES / "widget.py", yours / "mine.py")
+    monkeypatch.setattr("client.ROOT", yours.parent)
     server = recipe("mine", "mock")
     assert "no .env file" in "\n".join(server.log)
     assert done(Chat(server.url).say("hello"))

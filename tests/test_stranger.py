@@ -366,6 +366,7 @@ def received(connection: socket.socket) -> bytes:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drops", [0, 20], ids=["silent", "dripping"])
 def test_a_body_that_does_not_arrive(impatient, provider, drops):
     """A 408, and the connection is closed, also for a client that sends a byte now and then."""

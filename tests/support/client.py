@@ -38,6 +38,12 @@ ON_POSTGRES = re.search(
 )[1]
 
 
+def recipe_path(name: str) -> Path:
+    """A recipe as you have put it beside main.py, or else the one in tests/examples/."""
+    yours = ROOT / "backend" / f"{name}.py"
+    return yours if yours.exists() else EXAMPLES / f"{name}.py"
+
+
 def pool(**options: float) -> dict[str, str]:
     """The change that gives PostgresStore these options."""
     url = 'os.getenv("DATABASE_URL", "")'
@@ -114,8 +120,11 @@ class Server:
         code = main_code()
         if "DATABASE_URL" in environment:
             code = main_code(ON_POSTGRES)
-            shutil.copy(EXAMPLES / "postgres_store.py", main.parent)
+            shutil.copy(recipe_path("postgres_store"), main.parent)
         main.write_text(changed(code, changes))
+        if program and program.parent in (EXAMPLES, ROOT / "backend"):
+            # Beside this copy of main.py, as the README says, and not beside yours with its .env.
+            program = Path(shutil.copy(program, main.parent))
         self.workers = int(environment.get("WORKERS", "1"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -215,18 +224,12 @@ def message(text: str, **more) -> dict:
 
 
 class Chat:
-    """A user's thread over HTTP. Every event of every stream is parsed by chatkit's own types.
+    """A user's thread over HTTP. Every event of every stream is parsed by chatkit's own types."""
 
-    `model` is what the user has chosen of the models that the server offers.
-    """
-
-    def __init__(
-        self, url: str, token: str = "", thread_id: str | None = None, model: str | None = None
-    ):
+    def __init__(self, url: str, token: str = "", thread_id: str | None = None):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60, verify=NO_TLS)
         self.thread_id = thread_id
-        self.options = {"model": model} if model else {}
 
     def post(self, type: str, **params) -> httpx.Response:
         return self.http.post("/chatkit", json={"type": type, "params": params})
@@ -256,10 +259,11 @@ class Chat:
 
     def start(self, text: str, **more):
         """The events that answer a message, the first of which makes the thread."""
-        input = message(text, **{"inference_options": self.options, **more})
         if self.thread_id is None:
-            return self.stream("threads.create", input=input)
-        return self.stream("threads.add_user_message", input=input, thread_id=self.thread_id)
+            return self.stream("threads.create", input=message(text, **more))
+        return self.stream(
+            "threads.add_user_message", input=message(text, **more), thread_id=self.thread_id
+        )
 
     def say(self, text: str, **more) -> list:
         return list(self.start(text, **more))
