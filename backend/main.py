@@ -1517,37 +1517,30 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         It starts with a user message: some providers refuse a conversation that starts with the
         assistant's.
         """
-        page = await self.store.load_thread_items(thread.id, None, HISTORY_ITEMS, "desc", context)
-        items = page.data[::-1]
+        items = (await self.newest_items(thread.id, context))[::-1]
         while items and items[0].type != "user_message":
             items = items[1:]
-        if not items:
-            items = await self.question_before(thread.id, page, context) + page.data[::-1]
         told = await self.converter.to_agent_input(items)
         if turn := Turn.current.get(None):
             turn.explain_mark = any(f"<{MARK}>" in str(message.get("content")) for message in told)
         return told
 
-    async def question_before(
-        self, thread_id: str, page: Page[ThreadItem], context: Context
-    ) -> list[ThreadItem]:
-        """Return the newest user message before this page, if there is one.
-
-        A turn of many tool calls can have more items than the model sees.
-        """
-        while page.has_more:
-            page = await self.store.load_thread_items(
-                thread_id, page.after, HISTORY_ITEMS, "desc", context
-            )
-            for item in page.data:
-                if item.type == "user_message":
-                    return [item]
-        return []
-
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
-        """Return as many items as the model sees, newest first."""
-        page = await self.store.load_thread_items(thread_id, None, HISTORY_ITEMS, "desc", context)
-        return page.data
+        """Return as many items as the model sees, newest first.
+
+        If they are all of one long turn, the user message that began it follows them.
+        """
+        items: list[ThreadItem] = []
+        after = None
+        while True:
+            page = await self.store.load_thread_items(
+                thread_id, after, HISTORY_ITEMS, "desc", context
+            )
+            questions = [item for item in page.data if item.type == "user_message"]
+            items += page.data if after is None else questions[:1]
+            if questions or not page.has_more:
+                return items
+            after = page.after
 
     def _update_pending_items(self, *_: Any) -> None:
         """Keep no copies of the items that are streamed.

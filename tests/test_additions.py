@@ -75,6 +75,15 @@ def test_the_choice_holds_after_a_client_tool(chat, provider):
     ]
 
 
+@pytest.mark.slow
+def test_the_choice_holds_in_a_turn_that_is_longer_than_the_window(main, chat, provider):
+    calls = [ToolCall("give_notice")] * (main.HISTORY_ITEMS + 1)
+    provider.script["go"] = [calls, [ToolCall("ask_browser")], [Text("Thanks.")]]
+    chat.say("go", **choosing("gpt-4o-mini"))
+    list(chat.stream("threads.add_client_tool_output", thread_id=chat.thread_id, result="red"))
+    assert [request.body["model"] for request in provider.requests] == ["gpt-4o-mini"] * 3
+
+
 def test_the_fault_of_a_chosen_model(additions, chat, provider):
     provider.script["hello"] = [[Failure("key")]]
     error = error_of(chat.say("hello", **choosing("mistral/m")))
