@@ -6,11 +6,12 @@ PLATFORMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu aarch64-apple-da
 supported = $(1) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())' 2>/dev/null
 PYTHON ?= $(shell for python in python3 $(PYTHONS:%=python%); do $(call supported,$$python) && echo $$python && break; done)
 FOUND = $(or $(PYTHON),python3)
+APP := backend/main.py
 VENV := backend/.venv
 LATEST := backend/.venv-latest
 REQUIREMENTS := backend/requirements.txt tests/requirements.txt
-LINT := tests/requirements-lint.txt tests/requirements-postgres.txt
-ON_POSTGRES := store chat faults leaving users requests memory postgres outages
+LINT := tests/requirements-lint.txt tests/postgres/requirements.txt
+ON_POSTGRES := $(patsubst %,tests/test_%.py,store chat leaving requests memory)
 UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
@@ -22,25 +23,28 @@ help:  ## Show this list
 
 venv: $(VENV)/installed  ## Create backend/.venv with the tested versions (the others do it themselves)
 
-run: venv  ## Run the server; for example make run PROVIDER=mock PORT=9000
-	@exec $(VENV)/bin/python backend/main.py
+run: venv  ## Run the server, or a file: make run APP=tests/examples/widget.py PROVIDER=mock
+	@PYTHONPATH=backend:tests/examples:tests/postgres exec $(VENV)/bin/python $(APP)
 
-test: venv  ## Run the tests but for the slow ones, in two processes side by side
-	$(VENV)/bin/python tests/support/halves.py -m "not slow"
+test: venv  ## Run the tests but for the slow ones
+	$(VENV)/bin/python -m pytest -q -m "not slow"
 
-test-slow: venv  ## Run the slow tests: many chats at once, long conversations, a browser
-	$(VENV)/bin/python tests/support/halves.py -m slow
+test-slow: venv  ## Run the slow tests: many chats at once, new processes, a browser
+	$(VENV)/bin/python -m pytest -q -m slow
+
+test-repository: venv  ## Run the tests of this repository: README, Makefile, pins, budget
+	$(VENV)/bin/python -m pytest -q tests/repository
 
 test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with two workers
-	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES:%=tests/test_%.py)
+	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES) tests/postgres
 
 postgres: venv
-	@$(VENV)/bin/python tests/support/cluster.py
-	@$(VENV)/bin/python -m pip install -q -r tests/requirements-postgres.txt -c backend/constraints.txt
+	@$(VENV)/bin/python tests/postgres/cluster.py
+	@$(VENV)/bin/python -m pip install -q -r tests/postgres/requirements.txt -c backend/constraints.txt
 
 test-latest: $(LATEST)/installed  ## Run all tests on the newest release of every dependency
 	@$(LATEST)/bin/python -m pip list --format=freeze
-	$(LATEST)/bin/python tests/support/halves.py
+	$(LATEST)/bin/python -m pytest -q tests tests/repository --ignore tests/repository/test_customised_copy.py
 
 test-browser: venv  ## Test the page at /chatkit in a browser (apt-get install chromium)
 	@$(VENV)/bin/python -m pip install -q -r tests/requirements-browser.txt -c backend/constraints.txt
@@ -59,15 +63,12 @@ bench-postgres: postgres  ## Measure it on PostgreSQL, with one worker and with 
 	$(VENV)/bin/python tests/bench.py --postgres
 
 lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
-	@# LiteLLM 1.106 needs mcp 2.2 for OpenAI's Responses API. On Python 3.14 that needs a newer starlette than FastAPI.
-	@echo "mcp>=2.2 ; python_version < '3.14'" > backend/.lock/mcp.txt
-	@# Where uv needs two versions of a package, the older one may serve all; if not, both stay, with their markers.
-	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/mcp.txt > backend/.lock/forked.txt
-	@sed '/^mcp==/d; s/ ;.*//' backend/.lock/forked.txt | awk -F== '!seen[$$1]++' > backend/.lock/single.txt
-	$(COMPILE) --universal --python-version $(lastword $(PYTHONS)) -c backend/.lock/mcp.txt -c backend/.lock/single.txt \
-		> backend/.lock/one.txt \
-		&& sed '/^mcp==/!s/ ;.*//' backend/.lock/one.txt > backend/constraints.txt \
-		|| cp backend/.lock/forked.txt backend/constraints.txt
+	@# mcp 2 needs a newer starlette than FastAPI, on Python 3.14 alone. Without this line all would get mcp 1.
+	@echo "mcp>=2 ; python_version < '3.14'" > backend/.lock/mcp.txt
+	$(COMPILE) --universal --fork-strategy fewest --python-version $(lastword $(PYTHONS)) -c backend/.lock/mcp.txt > backend/.lock/all.txt
+	@# Only where there are two versions of a package they need their markers.
+	@awk -F== 'NR == FNR { lines[$$1]++; next } lines[$$1] == 1 { sub(/ ;.*/, "") } 1' backend/.lock/all.txt backend/.lock/all.txt \
+		> backend/constraints.txt
 	@$(MAKE) --no-print-directory check-lock
 
 check-lock: $(UV)  ## Resolve backend/constraints.txt, from wheels alone, for every supported Python and system

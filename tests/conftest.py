@@ -1,13 +1,9 @@
+import importlib
+import logging
 import os
 import resource
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
-# What you have put beside main.py wins over the recipe of the same name.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend"))
 
 import forked
 
@@ -20,12 +16,51 @@ forked.warm_up()
 os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_OFFLINE_MODE": "True"})
 
 import agents  # noqa: E402
+import litellm  # noqa: E402, F401  (main.py's fixture needs it)
 import pytest  # noqa: E402
 
-from client import SUPPORT, Chat, Server, load_main, recipe_path  # noqa: E402
+from client import POSTGRES, SUPPORT, Chat, Server, load_main, recipe_path  # noqa: E402
 from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
+USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
+CUSTOMISED = {"PROGRAM": str(SUPPORT / "customised.py")}
+NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
+
+# The environments of the servers that tests share, each started when the first test asks for it.
+# PROGRAM runs in main.py's place, ENV_FILE is what the .env file holds, and all servers with a
+# DATABASE share it. `customised_` and `durable_` have the tools of support/customised.py. Any name
+# with a slash is a server with that provider and that model: servers("groq/llama-3.3-70b").
+SERVERS = {
+    **{name: {"PROVIDER": name} for name in PROVIDERS},
+    **{f"customised_{name}": {"PROVIDER": name, **CUSTOMISED} for name in PROVIDERS},
+    **{
+        f"durable_{name}": {"PROVIDER": name, "DATABASE": "chat"} | CUSTOMISED for name in PROVIDERS
+    },
+    "sqlite": {
+        "PROVIDER": "openai",
+        "DATABASE": "chat",
+        "PROGRAM": str(recipe_path("sqlite_store")),
+    },
+    # Hosting platforms set WEB_CONCURRENCY, and uvicorn would start workers.
+    "no_key": {"PROVIDER": "", "GEMINI_API_BASE": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
+    # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
+    "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": "", "ENV_FILE": "PROVIDER=gemini"},
+    "env_file": {
+        "ENV_FILE": "PROVIDER=mock\nPORT=1\nMODEL=\n",
+        "PROGRAM": str(SUPPORT / "served.py"),
+    },
+    "users": {
+        "PROVIDER": "openai",
+        "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
+        "ALLOWED_ORIGINS": "https://app.example, https://other.example/",
+    }
+    | CUSTOMISED,
+}
+for name in PROVIDERS:
+    SERVERS[f"customised_{name}"] |= {"MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
+# With --postgres, these run on PostgreSQL, each as two workers with tables of their own.
+ON_POSTGRES = [*PROVIDERS, *[f"customised_{name}" for name in PROVIDERS], "users"]
 
 
 def pytest_addoption(parser):
@@ -43,45 +78,6 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers",
-        "slow: hundreds of chats or requests, new processes, a browser, or another store "
-        "(make test-slow)",
-    )
-
-
-def pytest_ignore_collect(collection_path, config):
-    theirs = ("test_postgres.py", "test_outages.py")
-    if collection_path.name in theirs and not config.getoption("--postgres"):
-        return True  # its driver is not installed
-    return None  # as the other hooks decide
-
-
-def of_workarounds(item) -> bool:
-    return item.path.name == "test_workarounds.py"
-
-
-def pytest_collection_modifyitems(items):
-    """Run the tests of the workarounds first.
-
-    Without one, most other tests fail too, and do not name the cause.
-    """
-    items.sort(key=of_workarounds, reverse=True)
-
-
-def pytest_runtest_teardown(item, nextitem):
-    if (
-        item.session.testsfailed
-        and nextitem
-        and of_workarounds(item)
-        and not of_workarounds(nextitem)
-    ):
-        item.session.shouldfail = (
-            "a fault of a library is not worked around: the other tests are not run"
-        )
-
-
 @pytest.fixture(scope="session")
 def anyio_backend():
     return "asyncio"
@@ -91,7 +87,17 @@ def anyio_backend():
 def main(tmp_path_factory):
     """main.py as a module, for what can be tested without a process."""
     agents.set_tracing_disabled(True)  # its environment variable is read at the first import only
-    return load_main(tmp_path_factory.mktemp("main"))
+    module = load_main(tmp_path_factory.mktemp("main"))
+    module.repair_libraries()  # as the start of the server does
+    return module
+
+
+@pytest.fixture
+def log(main, monkeypatch, caplog):
+    """caplog, with what main.py logs in this process: the provider's uvicorn silences its own."""
+    monkeypatch.setattr(main, "logger", logging.getLogger("main"))
+    caplog.set_level(logging.INFO, "main")
+    return caplog
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +110,7 @@ def provider():
 def fresh_script(request):
     """Each test starts with an empty script and an empty list of requests."""
     if "provider" in request.fixturenames:
-        provider = request.getfixturevalue("provider")
-        provider.script.clear()
-        provider.requests.clear()
-        provider.asked.clear()
+        request.getfixturevalue("provider").reset()
 
 
 @pytest.fixture(scope="session")
@@ -122,165 +125,84 @@ def database(request):
         yield database
 
 
-USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
-TOKENS = " , ".join(f"{user}:{token}" for user, token in USERS.items())
-SERVERS = {  # name: the environment of a server that tests share, one for the whole session
-    **{
-        f"customised_{name}": {"PROVIDER": name, "MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
-        for name in PROVIDERS
-    },
-    **{name: {"PROVIDER": name} for name in PROVIDERS},
-    # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
-    "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": ""},  # .env has a provider
-    **{f"durable_{name}": {"PROVIDER": name} for name in PROVIDERS},
-    "users": {
-        "PROVIDER": "openai",
-        "CHATKIT_TOKENS": TOKENS,
-        "ALLOWED_ORIGINS": "https://app.example, https://other.example",
-    },
-    "page": {"PROVIDER": "openai", "CHATKIT_TOKENS": TOKENS},  # its own origin may call it
-    "no_key": dict.fromkeys(
-        ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "PROVIDER", "CHATKIT_TOKENS"), ""
-    ),
-    "additions": {
-        "PROVIDER": "openai",
-        "MODELS": "gpt-4o-mini, gemini/gemini-flash-latest,anthropic/claude-sonnet-4-6,mistral/m",
-    },
-    "workers": {"PROVIDER": "mock", "WEB_CONCURRENCY": "4"},
-    "env_file": {"PROVIDER": ""},  # .env has a value
-    "sqlite_1": {"PROVIDER": "openai"},
-    "sqlite_2": {"PROVIDER": "openai"},
-    "stopped": {"PROVIDER": "mock"},
-    "stopped_idle": {"PROVIDER": "openai"},
-    "stopped_busy": {"PROVIDER": "openai"},
-    "stopped_streaming": {"PROVIDER": "openai"},
-    "interrupted_streaming": {"PROVIDER": "openai"},
-    "served_streaming": {"PROVIDER": "openai"},
-    # Other providers. Of the names of Llama models, LiteLLM's guess is a tokenizer on the internet.
-    "ollama": {"PROVIDER": "ollama_chat", "MODEL": "llama3.2"},
-    "openrouter": {"PROVIDER": "openrouter", "MODEL": "openrouter/auto"},
-    "mistral": {
-        "PROVIDER": "mistral",
-        "MODEL": "mistral-large-latest",
-        "MISTRAL_API_KEY": "mistral-key-0123456789\n",  # as from a file
-    },
-    "deepseek": {"PROVIDER": "deepseek", "MODEL": "deepseek-chat"},
-    "vllm": {"PROVIDER": "hosted_vllm", "MODEL": "meta-llama/Llama-3.1-8B-Instruct"},
-    "groq": {"PROVIDER": "groq", "MODEL": "llama-3.3-70b-versatile"},
-    "azure": {"PROVIDER": "azure", "MODEL": "gpt-4o"},
-    "gpt-oss": {"PROVIDER": "openai", "MODEL": "openai/gpt-oss-20b"},
-    "codex": {"PROVIDER": "openai", "MODEL": "gpt-5-codex"},
-    "impatient": {"PROVIDER": "openai"},
-}
-# Of these, the ones that run on PostgreSQL, each as two workers with tables of their own.
-ON_POSTGRES = (
-    "customised",
-    "gemini",
-    "openai",
-    "anthropic",
-    "users",
-    "stopped_idle",
-    "stopped_busy",
-)
-# These start as a user starts them, the others as forks of a process that has done the imports.
-NEW_PROCESSES = ("as_by_a_user", "served_streaming")
-ENV_FILES = {"as_by_a_user": "PROVIDER=gemini\n", "env_file": "PROVIDER=mock\nPORT=1\nMODEL=\n"}
-# What differs in main.py from the original.
-SOON = {"SHUTDOWN_SECONDS = 5": "SHUTDOWN_SECONDS = 1"}
-ON_SQLITE = {
-    "store = MemoryStore()": """
-from sqlite_store import SQLiteStore
-
-store = SQLiteStore(os.environ["DATABASE"])
-"""
-}
-CHANGES = {
-    "stopped_busy": SOON,
-    "stopped_streaming": {**SOON, **ON_SQLITE},
-    "interrupted_streaming": {**SOON, **ON_SQLITE},
-    "served_streaming": {**SOON, **ON_SQLITE},
-    **{f"durable_{name}": ON_SQLITE for name in PROVIDERS},
-    "impatient": {"BODY_SECONDS = 60": "BODY_SECONDS = 1", "READ_SECONDS = 60": "READ_SECONDS = 1"},
-}
-# What runs in main.py's place, by the first word of the server's name.
-PROGRAMS = {
-    "customised": SUPPORT / "customised.py",
-    "durable": SUPPORT / "customised.py",
-    "users": SUPPORT / "customised.py",
-    "additions": SUPPORT / "additions.py",
-    "sqlite": recipe_path("sqlite_store"),
-    "env": SUPPORT / "served.py",
-    "served": SUPPORT / "served.py",
-}
+@pytest.fixture(scope="session")
+def postgres_store(main, database):
+    """The recipe as a module of this process. Imported, it sets the server's store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATABASE_URL", database.schema())
+        patch.setattr(main.server, "store", main.server.store)  # until this block ends
+        return importlib.import_module("postgres_store")
 
 
 @pytest.fixture(scope="session")
 def servers(request, provider, database, tmp_path_factory):
-    """servers(name): the server of that name, started."""
+    """servers(name): the server of that name in SERVERS, started."""
     running: dict[str, Future[Server]] = {}
-    sqlite = tmp_path_factory.mktemp("sqlite") / "chat.sqlite"
-    eager = [name for name in SERVERS if database and name.startswith(ON_POSTGRES)]
+    shared = tmp_path_factory.mktemp("sqlite") / "chat.sqlite"
+
+    def settings_of(name: str) -> dict[str, str]:
+        if name in SERVERS:
+            return provider.environment() | SERVERS[name]
+        chosen, _, model = name.partition("/")
+        key = {f"{chosen.upper()}_API_KEY": f"{chosen}-key-0123456789\n"}  # as from a file
+        return provider.environment() | {"PROVIDER": chosen, "MODEL": model} | key
 
     def launched(name: str) -> Server:
-        folder = tmp_path_factory.mktemp(name)
-        if name in ENV_FILES:
-            (folder / ".env").write_text(ENV_FILES[name])
-        program = PROGRAMS.get(name.partition("_")[0])
-        environment = {**provider.environment(), "DATABASE": str(sqlite), **SERVERS[name]}
-        if name in eager:
+        folder = tmp_path_factory.mktemp(name.replace("/", "-"))
+        environment = settings_of(name)
+        if "ENV_FILE" in environment:
+            (folder / ".env").write_text(environment.pop("ENV_FILE"))
+        if "DATABASE" in environment:
+            environment["DATABASE"] = str(shared)
+        if database and name in ON_POSTGRES:
             environment["DATABASE_URL"] = database.pooled() or database.schema()
-            environment["WORKERS"] = "2"
-        fork = name not in NEW_PROCESSES
-        return Server(folder, environment, program, fork, CHANGES.get(name, {})).started()
+            return Server(folder, environment, POSTGRES / "served.py", workers=2)
+        program = environment.pop("PROGRAM", None)
+        fork = name != "as_by_a_user"  # the others are forks of a process with all imports
+        return Server(folder, environment, program and Path(program), fork)
 
     with ThreadPoolExecutor(2) as pool:
 
         def start(name: str) -> Server:
             if name not in running:
-                running[name] = pool.submit(launched, name)
+                running[name] = pool.submit(lambda: launched(name).started())
             return running[name].result()
 
-        # Their workers take seconds to import LiteLLM: for the whole suite they start side by side.
-        if len(request.session.items) > 200:
-            running.update((name, pool.submit(launched, name)) for name in eager)
+        # Workers take seconds to import LiteLLM: for the whole suite they start side by side.
+        if database and len(request.session.items) > 200:
+            for name in ON_POSTGRES:
+                running[name] = pool.submit(lambda name=name: launched(name).started())
         yield start
-    all_running = {
-        name: future.result() for name, future in running.items() if not future.exception()
-    }
-    with ThreadPoolExecutor(len(SERVERS)) as pool:
-        codes = dict(zip(all_running, pool.map(Server.stop, all_running.values()), strict=True))
-    if request.session.shouldfail:  # what its server complains of is told already
-        return
-    # Only main.py run as a program turns the signal into an exit code of 0.
-    assert not [
-        name
-        for name, code in codes.items()
-        if code not in ((0,) if name in PROVIDERS else (0, -15))
-    ], codes
-    for name, server in all_running.items():
+    started = {name: future.result() for name, future in running.items() if not future.exception()}
+    with ThreadPoolExecutor() as pool:
+        codes = dict(zip(started, pool.map(Server.stop, started.values()), strict=True))
+    # Only main.py as a program turns the signal into 0.
+    assert all(code == 0 or (code == -15 and name not in PROVIDERS) for name, code in codes.items())
+    for name, server in started.items():
         check_log(name, server)
 
 
 def check_log(name: str, server: Server) -> None:
-    for text in (
-        "OUTSIDE",
-        "never retrieved",
-        "was destroyed",
-        "Unclosed",
-        "Give Feedback",
-        "Provider List",
-    ):
+    complaints = ("never retrieved", "was destroyed", "Unclosed")
+    for text in ("OUTSIDE", *complaints, "Give Feedback", "Provider List"):
         assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 
 @pytest.fixture
 def recipe(provider, tmp_path):
-    """recipe(name, provider, **environment): a recipe, started for one test."""
+    """recipe(name, provider, **environment): a recipe, started for one test.
+
+    With `code`: a file of one's own with this text.
+    """
     started: dict[str, Server] = {}
 
-    def start(name: str, provider_name: str, **environment: str) -> Server:
+    def start(name: str, provider_name: str, code: str = "", **environment: str) -> Server:
         environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
-        started[name] = Server(tmp_path / name, environment, recipe_path(name), fork=True)
+        program = recipe_path(name)
+        if code:
+            program = tmp_path / f"{name}.py"
+            program.write_text(code)
+        started[name] = Server(tmp_path / name, environment, program, fork=True)
         return started[name].started()
 
     yield start

@@ -1,255 +1,260 @@
-"""Conversations: ids, what is stored, and what the model is told."""
+"""Conversations: what is shown is stored, once, under the id that was streamed.
 
-import json
-import re
-from concurrent.futures import ThreadPoolExecutor
+It is so after a stop and after an error, too. With --postgres the servers are two workers.
+"""
 
+import asyncio
+
+import agents
 import pytest
 
-from client import Chat, deltas, done, message, text_of
-from conftest import PROVIDERS
-from provider import Text, Thought, ToolCall
+from client import (
+    Local,
+    deltas,
+    done,
+    error_of,
+    items_shown,
+    leave,
+    message,
+    outline,
+    text_of,
+)
+from provider import Cut, Failure, Finish, Silence, Text, Thought, ToolCall
 
-
-def turn(chat: Chat, provider, text: str, *replies: list) -> list:
-    provider.script[text] = list(replies)
-    return chat.say(text)
+one_provider = pytest.mark.parametrize("provider_name", ["openai"])
 
 
 def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, provider):
     chat, events = custom_chat, []
-    for number in range(10):
-        events += turn(
-            chat, provider, f"turn {number}", [Text(f"reply {number}, "), Text("and more")]
-        )
-    events += turn(
-        chat,
-        provider,
-        "use a tool",
-        [Text("Let me "), Text("look. "), ToolCall("clock")],
-        [Text("It is "), Text("noon.")],
-    )
-    warm, cold = (
-        ToolCall("pick_colour", {"hint": "warm"}),
-        ToolCall("pick_colour", {"hint": "cold"}),
-    )
-    events += turn(chat, provider, "two colours", [Text("Choose. "), warm], [cold], [Text("Fine.")])
+    warm, cold = (ToolCall("pick_colour", {"hint": hint}) for hint in ("warm", "cold"))
+    provider.script |= {
+        "one": [[Text("reply one, "), Text("and more")]],
+        "use a tool": [[Text("Let me "), Text("look. "), ToolCall("clock")], [Text("It is noon.")]],
+        "two colours": [[Text("Choose. "), warm], [cold], [Text("Fine.")]],
+    }
+    for text in provider.script:
+        events += chat.say(text)
     for colour in ("red", "blue"):
-        events += chat.stream(
-            "threads.add_client_tool_output", thread_id=chat.thread_id, result=colour
-        )
+        events += chat.answer(colour)
 
     assert "error" not in [event.type for event in events]
     stored = chat.items()
     streamed = [event.item for event in events if event.type == "thread.item.done"]
-    assert [item["id"] for item in stored] == [item.id for item in streamed]
     ids = [item.id for item in streamed]
-    assert len(set(ids)) == len(ids) == 10 * 2 + 3 + 5
+    assert [item["id"] for item in stored] == ids
+    assert len(set(ids)) == len(ids)
     assert all(id.startswith(("msg_", "tc_")) for id in ids), ids
-    assert [item["type"] for item in stored[20:]] == [
-        *["user_message", "assistant_message", "assistant_message"],
-        *[
-            "user_message",
-            "assistant_message",
-            "client_tool_call",
-            "client_tool_call",
-            "assistant_message",
-        ],
+    assert [(item["type"].partition("_")[0], text_of(item)) for item in stored[:6]] == [
+        ("user", "one"),
+        ("assistant", "reply one, and more"),
+        ("user", "use a tool"),
+        ("assistant", "Let me look. "),
+        ("assistant", "It is noon."),
+        ("user", "two colours"),
     ]
-    assert [text_of(item) for item in stored[20:23]] == [
-        "use a tool",
-        "Let me look. ",
-        "It is noon.",
-    ]
+    kinds = ["assistant_message", "client_tool_call", "client_tool_call", "assistant_message"]
+    assert [item["type"] for item in stored[6:]] == kinds
     for item in stored:
         if item["type"] == "assistant_message":
             assert deltas(events, item["id"]) == text_of(item) != ""
-    calls = [item for item in stored if item["type"] == "client_tool_call"]
-    assert [(call["arguments"]["hint"], call["output"]) for call in calls] == [
-        ("warm", "red"),
-        ("cold", "blue"),
-    ]
+    calls = [(call["arguments"]["hint"], call["output"], call["status"]) for call in stored[7:9]]
+    assert calls == [("warm", "red", "completed"), ("cold", "blue", "completed")]
+    assert not provider.open()
 
 
-def test_the_model_is_told_each_message_once_and_in_order(chat, provider, main):
-    for text in ("one", "two", "three"):
-        chat.say(text)
-    assert provider.requests[-1].messages == [
-        ("user", "one"),
-        ("assistant", "You said: one"),
-        ("user", "two"),
-        ("assistant", "You said: two"),
-        ("user", "three"),
-    ]
-    assert (
-        provider.requests[-1].format.instructions(provider.requests[-1].body) == main.INSTRUCTIONS
-    )
+# ---- Thoughts, steps and widgets ----------------------------------------------------------------
+
+TASKS = ["First, look. ", "plan it", "search it", "read it", "Then think. "]
+THOUGHT = [Thought("Then "), Thought("think. ")]
+# How a turn ends: the provider's second answer, the text at which the client leaves, and the number
+# of tasks. chatkit shows a thought that is not the first one of its workflow when it is complete.
+ENDS = {
+    "done": ([*THOUGHT, Text("Taken.")], "", 5),
+    "stopped": ([*THOUGHT, Text("Tak"), Silence()], '"Tak"', 5),
+    "error": ([*THOUGHT, Text("Tak"), Cut()], "", 5),
+    "stopped after a step": ([Silence()], '"read it"', 4),
+    "error after a step": ([Failure("rate")], "", 4),
+    "error in a thought": ([*THOUGHT, Cut()], "", 4),
+}
 
 
-@pytest.mark.slow
-def test_a_long_conversation_keeps_its_newest_part(servers, provider, main):
-    """With each provider; at once, as this takes longer than any other test."""
-    turns = main.HISTORY_ITEMS // 2 + 10
+@pytest.mark.parametrize("end", ENDS)
+def test_each_thought_and_each_step_is_there_once(custom_chat, customised, provider, end):
+    answer, leave_at, count = ENDS[end]
+    thought = [Thought("First, "), Thought("look. "), ToolCall("three_steps", {"end": False})]
+    provider.script["go"] = [thought, answer]
+    events = leave(custom_chat.start("go"), leave_at or "nothing")
+    customised.wait_for(f"thread={custom_chat.thread_id} ")
+    assert [event.type for event in events].count("error") == ("error" in end)
+    (shown,) = [item for item in items_shown(events) if item["type"] == "workflow"]
+    (stored,) = [item for item in custom_chat.items() if item["type"] == "workflow"]
+    for workflow in (shown, stored):
+        assert [task["content"] for task in workflow["workflow"]["tasks"]] == TASKS[:count]
+    for item in done(events, "workflow"):
+        assert [task.content for task in item.workflow.tasks] == TASKS[:count]
+    assert len(done(events, "workflow")) == (end != "stopped after a step")
+    assert outline(custom_chat.items()) == outline(items_shown(events))
+    assert [item["id"] for item in custom_chat.items()] == [i["id"] for i in items_shown(events)]
 
-    def talk(name: str) -> None:
-        chat = Chat(servers(name).url)
-        for number in range(turns):
-            chat.say(f"{name} {number}")
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(talk, PROVIDERS))
-    for name in PROVIDERS:
-        (told,) = [
-            told
-            for told in (request.messages for request in provider.requests)
-            if told[-1][1] == f"{name} {turns - 1}"
-        ]
-        assert told[-2] == ("assistant", f"You said: {name} {turns - 2}")
-        # Items 2n and 2n + 1 of the thread are a question and its answer; the first is a question.
-        first = 2 * turns - 1 - main.HISTORY_ITEMS
-        first += first % 2
-        assert told[0] == ("user", f"{name} {first // 2}")
-        assert len(told) == 2 * turns - 1 - first
+    custom_chat.say("and on")
+    told = "\n".join(text for _, text in provider.requests[-1].messages)
+    assert [told.count(f"{step}: {step} it") for step in ("plan", "search", "read")] == [1, 1, 1]
 
 
-def test_reasoning_becomes_a_workflow_with_one_id(chat, provider):
-    events = turn(chat, provider, "think", [Thought("Hm"), Thought(", well"), Text("Yes.")])
-    assert [item["type"] for item in chat.items()] == [
-        "user_message",
-        "workflow",
-        "assistant_message",
-    ]
-    (workflow,) = done(events, "workflow")
-    added = [
-        event.item.id
-        for event in events
-        if event.type == "thread.item.added" and event.item.type == "workflow"
-    ]
-    assert added == [workflow.id] == [chat.items()[1]["id"]]
-    assert workflow.workflow.tasks[0].content == "Hm, well"
-    updated = {event.item_id for event in events if event.type == "thread.item.updated"}
-    assert updated == {workflow.id, done(events)[0].id}
-
-
+@one_provider
 def test_widgets_tasks_and_hidden_notes_keep_their_ids_and_reach_the_model(custom_chat, provider):
-    events = turn(custom_chat, provider, "show me", [ToolCall("show_card")], [Text("There.")])
+    provider.script["show me"] = [[ToolCall("show_card")], [Text("There.")]]
+    events = custom_chat.say("show me")
     kinds = ["user_message", "widget", "task", "workflow", "assistant_message"]
     assert [item["type"] for item in custom_chat.items()] == kinds
-    assert [item["type"] for item in custom_chat.debug()] == [
-        *[
-            "UserMessageItem",
-            "WidgetItem",
-            "TaskItem",
-            "HiddenContextItem",
-            "WorkflowItem",
-            "HiddenContextItem",  # the tool's call and output
-            "AssistantMessageItem",
-        ]
-    ]
+    hidden = [item["type"] for item in custom_chat.debug()].count("HiddenContextItem")
+    assert hidden == 2  # the note, and the tool's call
     for kind in ("widget", "task", "workflow"):
         assert done(events, kind)[0].id == custom_chat.items()[kinds.index(kind)]["id"]
 
     custom_chat.say("and now?")
-    told = provider.requests[-1].messages
-    everything = "\n".join(text for _, text in told)
+    told = "\n".join(text for _, text in provider.requests[-1].messages)
     for text in ("a card", "a task: done", "<HiddenContext>\na hidden note", "a step: taken"):
-        assert everything.count(text) == 1, told
-    assert told[0] == ("user", "show me") and told[-1] == ("user", "and now?")
+        assert told.count(text) == 1, told
 
 
-def test_a_client_tool_call_is_answered_and_the_model_goes_on(custom_chat, provider):
-    turn(
-        custom_chat,
-        provider,
-        "a colour",
-        [ToolCall("pick_colour", {"hint": "warm"})],
-        [Text("Red it is.")],
-    )
-    events = list(
-        custom_chat.stream(
-            "threads.add_client_tool_output", thread_id=custom_chat.thread_id, result={"c": "red"}
-        )
-    )
-    assert [text_of(item) for item in done(events)] == ["Red it is."]
-    call = custom_chat.items()[1]
-    assert (call["status"], call["output"]) == ("completed", {"c": "red"})
-    tools = [text for role, text in provider.requests[-1].messages if role == "tool"]
-    assert len(tools) == 2 and "warm" in tools[0] and "red" in tools[1]
+# The tool, what of it is stored, and what is not.
+INTERRUPTED = {
+    "replaced": (ToolCall("replace_card"), "the second card", "the first card"),
+    "left": (ToolCall("growing_card", {"end": "leave"}), "one ", "nothing"),
+    "a bug": (ToolCall("growing_card", {"end": "bug"}), "one ", "nothing"),
+}
 
 
-def test_retry_answers_the_same_message_again(chat, provider):
-    turn(chat, provider, "try", [Text("first")], [Text("second")])
-    asked, answered = chat.items()
-    events = list(
-        chat.stream("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked["id"])
-    )
-    assert [text_of(item) for item in done(events)] == ["second"]
-    assert [text_of(item) for item in chat.items()] == ["try", "second"]
-    assert chat.items()[1]["id"] not in (asked["id"], answered["id"])
-    assert provider.requests[-1].messages == [("user", "try")]
+@one_provider
+@pytest.mark.parametrize("end", INTERRUPTED)
+def test_an_interrupted_widget_is_stored(custom_chat, customised, provider, end):
+    """At least what was shown first of it, and once."""
+    tool, holds, lacks = INTERRUPTED[end]
+    provider.script["go"] = [[tool], [Cut()]]
+    events = leave(custom_chat.start("go"), '"two "' if end == "left" else "nothing")
+    customised.wait_for(f"thread={custom_chat.thread_id} ")
+    (stored,) = [item for item in custom_chat.items() if item["type"] == "widget"]
+    (shown,) = [event.item for event in events if event.type == "thread.item.added"]
+    assert stored["id"] == shown.id
+    assert holds in str(stored) and lacks not in str(stored)
+    if end == "a bug":
+        assert error_of(events).code == "stream.error"
+        customised.wait_for("ZeroDivisionError: a bug in a widget")
 
 
-def test_a_thread_is_named_after_its_first_message(chat, main):
+@one_provider
+def test_an_unfinished_message_is_stored_as_it_is_shown(custom_chat, provider):
+    """With its sources."""
+    provider.script["go"] = [[ToolCall("quote_a_page")], [Cut()]]
+    error_of(custom_chat.say("go"))
+    (stored,) = [item for item in custom_chat.items() if item["type"] == "assistant_message"]
+    (part,) = stored["content"]
+    assert part["text"] == "a page says" and part["annotations"][0]["index"] == 3
+
+
+# ---- What counts as an answer -------------------------------------------------------------------
+
+
+@one_provider
+@pytest.mark.parametrize("tool", ["play_sound", "give_notice", "three_steps", "replace_card"])
+def test_what_is_shown_is_an_answer(custom_chat, provider, tool):
+    provider.script["go"] = [[ToolCall(tool)], [Finish()]]
+    assert "error" not in [event.type for event in custom_chat.say("go")]
+
+
+@one_provider
+@pytest.mark.parametrize("steps", [[], [Text(" \n")], [Thought("Hm."), Text(" \n")]])
+def test_what_is_not_shown_is_no_answer(custom_chat, provider, steps):
+    """A hidden item, thoughts, and white space."""
+    provider.script["go"] = [[*steps, ToolCall("leave_note")], [Finish()]]
+    assert "empty" in error_of(custom_chat.say("go")).message
+
+
+def test_a_guardrail_takes_back_the_turn(custom_chat, provider):
+    """Its messages and its tool calls, but not the question."""
+    custom_chat.say("hello")
+    before = custom_chat.debug()
+    look = [Text("Let me see. "), ToolCall("clock")]
+    provider.script["tell me"] = [look, [Text("the forbidden word")]]
+    events = custom_chat.say("tell me")
+    shown = [event.item.id for event in events if event.type == "thread.item.added"]
+    removed = [event.item_id for event in events if event.type == "thread.item.removed"]
+    assert len(shown) == 2 and removed == shown
+    error = error_of(events)
+    assert error.message == "This server's rules do not allow this. Rephrase your message."
+    assert not error.allow_retry
+    kept = custom_chat.debug()
+    assert kept[:-1] == before and kept[-1]["content"] == ["tell me"]
+    custom_chat.say("go on")
+    assert provider.requests[-1].messages[2:] == [("user", "tell me\n\ngo on")]
+
+
+async def test_a_guardrail_takes_back_an_unfinished_message(main, provider):
+    @agents.input_guardrail
+    async def never(ctx, agent, input) -> agents.GuardrailFunctionOutput:
+        await streams.wait()
+        return agents.GuardrailFunctionOutput(output_info=None, tripwire_triggered=True)
+
+    streams, silence = asyncio.Event(), Silence()
+    provider.script["go"] = [[Text("one "), silence, Text("two "), Text("three")]]
+    local = Local(main, provider, input_guardrails=[never])
+    async for event in await local.start("go"):
+        if b'"one "' in event:
+            streams.set()
+            silence.end.set()
+    assert [item.type for item in await local.items()] == ["user_message"]
+
+
+async def test_a_guardrail_of_a_tool(main, provider, log):
+    """The person reads a sentence, and the log has one line."""
+
+    @agents.tool_input_guardrail
+    def never(data) -> agents.ToolGuardrailFunctionOutput:
+        return agents.ToolGuardrailFunctionOutput.raise_exception()
+
+    tool = agents.function_tool(lambda: "paid", name_override="pay", tool_input_guardrails=[never])
+    provider.script["go"] = [[ToolCall("pay")]]
+    error = error_of(await Local(main, provider, tools=[tool]).say("go"))
+    assert error.message == "This server's rules do not allow this. Rephrase your message."
+    (line,) = [record for record in log.records if record.levelname == "ERROR"]
+    assert error.message in line.getMessage() and not line.exc_info
+
+
+# ---- Threads ------------------------------------------------------------------------------------
+
+
+@one_provider
+def test_a_thread_is_named_after_its_first_message(custom_chat, provider, main):
+    chat = custom_chat
     first = chat.say("  What is\n\nthe   weather " + "like " * 30)
     titles = [event.thread.title for event in first if event.type == "thread.updated"]
+    assert titles == [("What is the weather " + "like " * 30)[: main.TITLE_LENGTH]]
+
+    def title() -> str:
+        return chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
+
     chat.say("something else")
-    title = chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
-    assert titles == [title]
-    assert title == ("What is the weather " + "like " * 30)[: main.TITLE_LENGTH]
+    assert title() == titles[0]
     chat.get("threads.update", thread_id=chat.thread_id, title="mine")
     chat.say("and more")
-    assert chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"] == "mine"
+    assert title() == "mine"
 
 
-def test_a_guardrail_takes_back_every_message_of_the_turn(custom_chat, provider):
-    custom_chat.say("hello")
-    before = custom_chat.items()
-    events = turn(
-        custom_chat,
-        provider,
-        "tell me",
-        [Text("Let me see. "), ToolCall("clock")],
-        [Text("the forbidden word")],
-    )
-    shown = {event.item.id for event in events if event.type == "thread.item.added"}
-    removed = {event.item_id for event in events if event.type == "thread.item.removed"}
-    assert len(shown) == 2 and removed == shown
-    assert [text_of(item) for item in custom_chat.items()[len(before) :]] == ["tell me"]
-    (error,) = [event for event in events if event.type == "error"]
-    assert (error.code, error.allow_retry) == ("custom", False) and "rules" in error.message
-    assert [text_of(item) for item in done(custom_chat.say("go on"))] == ["You said: go on"]
-
-
-@pytest.mark.parametrize("provider_name", ["openai"])
-def test_ids_do_not_repeat_across_threads(server, provider_name):
-    ids = []
-    for _ in range(20):
-        chat = Chat(server.url)
-        chat.say("hi")
-        ids += [chat.thread_id, *(item["id"] for item in chat.items())]
-    assert len(set(ids)) == len(ids) == 60
-
-
-def test_ids_have_32_bits(main):
-    """chatkit's 32-bit ids collide after about 77,000 threads."""
-    store = main.MemoryStore()
-    thread = main.ThreadMetadata(id="thr_1", created_at="2026-01-01T00:00:00")
-    for id in (store.generate_thread_id({}), store.generate_item_id("message", thread, {})):
-        assert re.fullmatch(r"(thr|msg)_[0-9a-f]{32}", id)
-
-
-@pytest.mark.anyio
-async def test_no_message_is_copied_for_each_delta(main, monkeypatch):
-    """chatkit keeps a copy of the message for the case that the stream is cancelled.
-
-    That takes 15 µs for each delta.
-    """
-    copies = []
-    monkeypatch.setattr(
-        main.AssistantMessageItem, "model_copy", lambda item, **_: copies.append(item) or item
-    )
-    server = main.ChatKitServerImpl(main.MemoryStore())
-    request = {"type": "threads.create", "params": {"input": message("hello")}}
-    events = [event async for event in await server.process(json.dumps(request).encode(), {})]
-    assert len([event for event in events if b"text_delta" in event]) > 2
-    assert len(copies) <= 1  # newer releases of chatkit copy a message when it begins
+@one_provider
+@pytest.mark.parametrize(
+    ("how", "reason"), [("locked", "The shop is closed."), ("closed", "This thread is closed.")]
+)
+def test_a_thread_that_has_ended(custom_chat, provider, how, reason):
+    chat = custom_chat
+    provider.script["end it"] = [[ToolCall("end_thread", {"how": how})], [Text("Bye.")]]
+    chat.say("end it")
+    stored = chat.debug()
+    for type, params in (
+        ("threads.add_user_message", {"input": message("still there?")}),
+        ("threads.retry_after_item", {"item_id": chat.items()[0]["id"]}),
+    ):
+        response = chat.post(type, thread_id=chat.thread_id, **params)
+        assert (response.status_code, response.json()) == (409, {"detail": reason})
+    assert chat.debug() == stored
+    assert chat.get("threads.get_by_id", thread_id=chat.thread_id)["status"]["type"] == how

@@ -1,17 +1,18 @@
 """A tool that runs in the browser: the model asks for the user's local time.
 
-Copy this file beside main.py and run it in its place. A page of your own answers the tool in
-ChatKit's option `onClientTool`, as PAGE_OPTIONS does here.
+Try it         make run APP=tests/examples/client_tool.py, and ask "What time is it?"
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k client_tool
+Change         the tool, and PAGE_OPTIONS: a page of your own answers in ChatKit's `onClientTool`
 """
 
 from agents import RunContextWrapper, StopAtTools, function_tool
-from chatkit.agents import AgentContext, ClientToolCall
+from chatkit.agents import ClientToolCall
 
 import main
 
 
 @function_tool
-async def local_time(ctx: RunContextWrapper[AgentContext[main.Context]]) -> None:
+async def local_time(ctx: RunContextWrapper[main.ChatContext]) -> None:
     """Ask the user's browser for the time and the time zone."""
     ctx.context.client_tool_call = ClientToolCall(name="local_time", arguments={})
 

@@ -1,20 +1,59 @@
-"""A second agent, to which the first hands over what it knows better.
+"""A second agent, to which the first hands over what it knows better. It also answers what follows.
 
-Copy this file beside main.py and run it in its place.
+Try it         make run APP=tests/examples/hand_off.py, and write "My invoice is wrong."
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k hand_off
+Change         `billing`. Name every agent in AGENTS, also one behind `handoff(agent, ...)`.
 """
 
-from agents import Agent
-from chatkit.agents import AgentContext
+from typing import Any
+
+from agents import Agent, AgentHooks, Handoff, RunContextWrapper
+from chatkit.types import ThreadMetadata, UserMessageItem
 
 import main
 
-billing = Agent[AgentContext[main.Context]](
+first = main.server.agent
+billing = Agent[main.ChatContext](
     name="Billing",
     handoff_description="Answers questions about invoices.",
     instructions="You answer questions about invoices. Ask for the invoice's number first.",
 )
-main.server.agent.handoffs.append(billing)
-billing.handoffs.append(main.server.agent)  # and back, for everything else
+first.handoffs.append(billing)
+billing.handoffs.append(first)  # and back, for everything else
+AGENTS = [first, billing]
+
+
+class LastAgent(AgentHooks[main.ChatContext]):
+    """Keeps in the thread which agent has taken over, for the messages to come."""
+
+    async def on_handoff(
+        self, context: RunContextWrapper[main.ChatContext], agent: Agent[Any], source: Agent[Any]
+    ) -> None:
+        thread = context.context.thread
+        # chatkit saves the thread, also after a stop or an error.
+        thread.metadata = {**thread.metadata, "agent": agent.name}
+
+
+async def last_agent(
+    thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
+) -> Agent[main.ChatContext]:
+    """Return the agent that answered last, or the first one."""
+    return next((agent for agent in AGENTS if agent.name == thread.metadata.get("agent")), first)
+
+
+collisions = set()
+for agent in AGENTS:
+    agent.hooks = LastAgent()
+    tools = [
+        other.tool_name if isinstance(other, Handoff) else Handoff.default_tool_name(other)
+        for other in agent.handoffs
+    ]
+    collisions |= {tool for tool in tools if tools.count(tool) > 1}
+if collisions:
+    reached = "Two agents have one tool name, and the model reaches only one: %s"
+    main.logger.warning(reached, ", ".join(collisions))
+
+main.server.agent_for = last_agent  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main.serve()

@@ -1,18 +1,18 @@
 """Your site's own login in place of CHATKIT_TOKENS: a JSON Web Token in a cookie.
 
-Copy this file beside main.py and run it in its place. Your login sets the cookie `session`, with
-the attributes HttpOnly, Secure and SameSite=Lax. Its value is a token that SESSION_SECRET signs
-(HS256), with the user (`sub`, a string) and an end (`exp`). A page of another server sends the
-cookie if ChatKit's option `api.fetch` sets `credentials: "include"`. /docs stays open.
+Try it         export SESSION_SECRET=$(openssl rand -hex 32)
+               ALLOWED_ORIGINS=http://localhost:8000 make run APP=tests/examples/login.py
+               and log in as alice, in the browser's console, with what this prints:
+               backend/.venv/bin/python -c 'import jwt, os, time; print("document.cookie =",
+                   repr("session=" + jwt.encode({"sub": "alice", "exp": time.time() + 3600},
+                   os.environ["SESSION_SECRET"])))'
+Without a key  the same with PROVIDER=mock in front of make
+Change         logged_in, for example to ask your own database of sessions
 
-To try it with the page of this server, whose origin must be named, too:
-
-    export SESSION_SECRET=$(openssl rand -hex 32) ALLOWED_ORIGINS=http://localhost:8000
-    backend/.venv/bin/python -c 'import jwt, os, time; print(jwt.encode(
-        {"sub": "alice", "exp": time.time() + 3600}, os.environ["SESSION_SECRET"]))'
-    backend/.venv/bin/python backend/login.py
-
-and in the browser's console: document.cookie = "session=...".
+Your login sets the cookie `session`, with the attributes HttpOnly, Secure and SameSite=Lax. Its
+value is a token that SESSION_SECRET signs (HS256), with the user (`sub`, a string) and an end
+(`exp`). A page of another server sends the cookie if ChatKit's option `api.fetch` sets
+`credentials: "include"`. /docs stays open.
 """
 
 import os

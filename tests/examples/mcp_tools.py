@@ -1,31 +1,96 @@
-"""The tools of an MCP server, which is started and stopped with this one.
+"""The tools of MCP servers, which are started and stopped with this one, and again if they end.
 
-Copy this file beside main.py and run it in its place. MCP_SERVER is the command that starts the MCP
-server, for example MCP_SERVER="uvx mcp-server-time".
+Try it         MCP_SERVER="uvx mcp-server-time" make run APP=tests/examples/mcp_tools.py
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k mcp
+Change         MCP_SERVER is a command. Several have names: MCP_SERVER_TIME="uvx mcp-server-time".
+               For a server on the network, write MCPServerStreamableHttp for MCPServerStdio.
 """
 
+import asyncio
+import logging
 import os
 import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from agents.mcp import MCPServerStdio
+from agents.mcp import MCPServerManager, MCPServerStdio
+from chatkit.types import ThreadMetadata, ThreadStreamEvent, UserMessageItem
 from fastapi import FastAPI
 
 import main
 
-command, *arguments = shlex.split(os.environ["MCP_SERVER"])
-tools = MCPServerStdio({"command": command, "args": arguments}, cache_tools_list=True)
-main.server.agent.mcp_servers.append(tools)
+# Tools are named mcp_<server>__<tool>, so that two servers may have one of the same name.
+main.server.agent.mcp_config["include_server_in_tool_names"] = True
+# openai-agents logs it, too, without the server's name.
+logging.getLogger("openai.agents").addFilter(lambda line: "connect MCP" not in line.getMessage())
+
+# A manager for each server: it starts all of its servers again.
+MANAGERS: dict[MCPServerStdio, MCPServerManager] = {}
+for variable, command in sorted(os.environ.items()):
+    if variable.startswith("MCP_SERVER"):
+        name = variable.removeprefix("MCP_SERVER").strip("_").lower() or "server"
+        program, *arguments = shlex.split(command)
+        server = MCPServerStdio({"command": program, "args": arguments}, True, name)
+        # In parallel: in a task that also ends what it has started.
+        manager = MCPServerManager([server], connect_timeout_seconds=30, connect_in_parallel=True)
+        MANAGERS[server] = manager
+if not MANAGERS:
+    raise SystemExit("MCP_SERVER must be the command that starts an MCP server.")
+searches: dict[MCPServerStdio, asyncio.Task[bool]] = {}
+
+
+async def answers(server: MCPServerStdio) -> bool:
+    """Return whether the server answers. If it does not, it is started again."""
+    manager = MANAGERS[server]
+    try:
+        server.invalidate_tools_cache()  # type: ignore[no-untyped-call]
+        await server.list_tools()
+    except Exception:
+        was_away = manager.errors
+        if not await manager.reconnect(failed_only=False) and not was_away:
+            error = repr(manager.errors[server])[:200]
+            main.logger.warning("The MCP server %s is away: %s", server.name, error)
+    return bool(manager.active_servers)
+
+
+async def refresh() -> None:
+    """Let the agent have the servers that answer soon. Turns share the search for a server."""
+    for server in MANAGERS:
+        if server not in searches or searches[server].done():
+            searches[server] = asyncio.create_task(answers(server))
+    found = searches.copy()
+    await asyncio.wait(found.values(), timeout=5)
+    main.server.agent.mcp_servers = [
+        server for server, search in found.items() if search.done() and search.result()
+    ]
+
+
+respond_without_refresh = main.server.respond
+
+
+async def respond(
+    thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
+) -> AsyncIterator[ThreadStreamEvent]:
+    await refresh()
+    async for event in respond_without_refresh(thread, input, context):
+        yield event
+
+
 lifespan_of_main = main.app.router.lifespan_context
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with tools, lifespan_of_main(app):
+    async with lifespan_of_main(app):
+        await refresh()
         yield
+    for search in searches.values():
+        search.cancel()
+    for manager in MANAGERS.values():
+        await manager.cleanup_all()
 
 
+main.server.respond = respond  # type: ignore[method-assign]
 main.app.router.lifespan_context = lifespan
 
 if __name__ == "__main__":

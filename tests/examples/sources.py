@@ -1,6 +1,8 @@
 """Replies that cite your documents: each [1] in a reply becomes a source in the chat.
 
-Copy this file beside main.py and run it in its place.
+Try it         make run APP=tests/examples/sources.py, and ask "How long can I return goods?"
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k sources
+Change         DOCUMENTS and `search`
 """
 
 import re
@@ -52,7 +54,6 @@ async def respond_with_sources(
 
 
 main.server.agent.tools.append(search)
-# A subclass would do as well, but a server of its own has an agent of its own, without your tools.
 main.server.respond = respond_with_sources  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Titles by the model in place of the first message's words, without a turn that waits for them.
 
-Copy this file beside main.py and run it in its place.
+Try it         make run APP=tests/examples/titles.py, and send a message
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k title
+Change         the instructions of `writer`; model="openai/gpt-4o-mini" there for a cheaper model
 """
 
 import asyncio
@@ -16,12 +18,10 @@ writer = Agent[None](
     instructions="Write a title of at most five words for a chat that starts as follows.",
 )
 running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
-
-
 respond_without_titles = main.server.respond
 
 
-async def respond_with_titles(
+async def respond(
     thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
 ) -> AsyncIterator[ThreadStreamEvent]:
     untitled = thread.title is None and input is not None
@@ -41,27 +41,24 @@ async def respond_with_titles(
 async def write_title(
     thread: ThreadMetadata, context: main.Context, turn_is_over: asyncio.Event
 ) -> None:
-    first_words = thread.title
+    words, config = thread.title, main.server.run_config  # which gives the agent its model
     try:
-        # The run's configuration gives the agent its model.
-        result = await Runner.run(
-            writer, f"The chat starts with: {first_words}", run_config=main.server.run_config
-        )
-        title = str(result.final_output).strip()[:60]
-        if not turn_is_over.is_set():
-            if thread.title == first_words:  # the user may have changed it
-                thread.title = title  # chatkit sees the change, saves it, and tells the client
-            return
-        stored = await main.server.store.load_thread(thread.id, context)
-        if stored.title == first_words:
-            stored.title = title
-            await main.server.store.save_thread(stored, context)
+        prompt = f"The chat starts with: {words}"
+        result = await Runner.run(writer, prompt, run_config=config)
+        title = str(result.final_output).strip()[: main.TITLE_LENGTH]
+        # In the turn, chatkit sees the change, saves it, and tells the client.
+        over = turn_is_over.is_set()
+        changed = await main.server.store.load_thread(thread.id, context) if over else thread
+        if changed.title == words:  # the user may have changed it
+            changed.title = title
+            if over:
+                await main.server.store.save_thread(changed, context)
     except Exception as error:  # then the first words remain
-        main.logger.warning("No title for %s: %s", thread.id, type(error).__name__)
+        cause = main.described(error.__cause__ or error)
+        main.logger.warning("No title for %s: %s", thread.id, cause)
 
 
-# A subclass would do as well, but a server of its own has an agent of its own, without your tools.
-main.server.respond = respond_with_titles  # type: ignore[method-assign]
+main.server.respond = respond  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main.serve()

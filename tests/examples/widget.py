@@ -1,6 +1,8 @@
 """A tool that shows its progress and a widget, and a button in the widget that does something.
 
-Copy this file beside main.py and run it in its place.
+Try it         make run APP=tests/examples/widget.py, and write "A table for four, please."
+Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k widget
+Change         CARD, Booking, `find_table` and what `book` does
 """
 
 from collections.abc import AsyncIterator
@@ -9,7 +11,6 @@ from typing import Any
 
 from agents import RunContextWrapper, function_tool
 from chatkit.actions import Action
-from chatkit.agents import AgentContext
 from chatkit.types import (
     HiddenContextItem,
     ProgressUpdateEvent,
@@ -29,21 +30,15 @@ CARD = WidgetTemplate(
     {
         "version": "1.0",
         "name": "table",
-        "template": """{
-            "type": "Card",
-            "children": [
-                {"type": "Text", "value": "A table for {{ guests }}"},
-                {% if booked %}
-                {"type": "Caption", "value": "Booked"}
-                {% else %}
-                {
-                    "type": "Button",
-                    "label": "Book",
-                    "onClickAction": {"type": "book", "payload": {"guests": {{ guests }}}}
-                }
-                {% endif %}
-            ]
-        }""",
+        "template": """{"type": "Card", "children": [
+            {"type": "Text", "value": "A table for {{ guests }}"},
+            {% if booked %}
+            {"type": "Caption", "value": "Booked"}
+            {% else %}
+            {"type": "Button", "label": "Book",
+             "onClickAction": {"type": "book", "payload": {"guests": {{ guests }}}}}
+            {% endif %}
+        ]}""",
     }
 )
 
@@ -56,7 +51,7 @@ class Booking(BaseModel):
 
 
 @function_tool
-async def find_table(ctx: RunContextWrapper[AgentContext[main.Context]], guests: int) -> str:
+async def find_table(ctx: RunContextWrapper[main.ChatContext], guests: int) -> str:
     """Find a free table in the restaurant."""
     await ctx.context.stream(ProgressUpdateEvent(text="Looking for a table…"))
     await ctx.context.stream_widget(CARD.build(Booking(guests=guests)))
@@ -88,7 +83,6 @@ async def book(
 
 
 main.server.agent.tools.append(find_table)
-# A subclass would do as well, but a server of its own has an agent of its own, without your tools.
 main.server.action = book  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -24,35 +23,23 @@ from forked import Forked
 PATH = os.environ["PATH"]
 SUPPORT = Path(__file__).resolve().parent
 EXAMPLES = SUPPORT.parent / "examples"
+POSTGRES = SUPPORT.parent / "postgres"
 ROOT = SUPPORT.parent.parent
+MAIN = ROOT / "backend" / "main.py"
 # By default each client of httpx loads all certificates, which takes 26 ms.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
-# What the README says to write for PostgreSQL.
-ON_POSTGRES = re.search(
-    r"instead of `store = MemoryStore\(\)`:\n\n```python\n(.*?)```",
-    (ROOT / "README.md").read_text(),
-    re.S,
-)[1]
-
-
 def recipe_path(name: str) -> Path:
-    """A recipe as you have put it beside main.py, or else the one in tests/examples/."""
-    yours = ROOT / "backend" / f"{name}.py"
-    return yours if yours.exists() else EXAMPLES / f"{name}.py"
-
-
-def pool(**options: float) -> dict[str, str]:
-    """The change that gives PostgresStore these options."""
-    url = 'os.getenv("DATABASE_URL", "")'
-    return {url: ", ".join([url, *(f"{name}={value}" for name, value in options.items())])}
+    """A recipe, or a file of yours beside the Makefile, which is run where it stands."""
+    mine = ROOT / f"{name}.py"
+    return mine if mine.exists() else EXAMPLES / f"{name}.py"
 
 
 def main_code(store: str = "store = MemoryStore()") -> str:
     """main.py with this store, whichever it has: you may have followed the README."""
-    code = (ROOT / "backend" / "main.py").read_text()
+    code = MAIN.read_text()
     code, count = re.subn(r"^store = .*$", lambda _: store, code, flags=re.M)
     assert count == 1
     return code
@@ -103,8 +90,8 @@ class Server:
     """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
     read, and with an environment made from scratch. `program` is run in main.py's place.
 
-    With DATABASE_URL in the environment: on PostgreSQL, as the README says.
     With `fork`: a fork of a process that has done the imports (forked.py).
+    With `workers`: new processes, which uvicorn starts from the program's `app`.
     With `changes`: parts of main.py and what replaces them."""
 
     def __init__(
@@ -114,28 +101,27 @@ class Server:
         program: Path | None = None,
         fork: bool = False,
         changes: dict[str, str] | None = None,
+        workers: int = 1,
     ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
-        code = main_code()
-        if "DATABASE_URL" in environment:
-            code = main_code(ON_POSTGRES)
-            shutil.copy(recipe_path("postgres_store"), main.parent)
-        main.write_text(changed(code, changes))
-        if program and program.parent in (EXAMPLES, ROOT / "backend"):
-            # Beside this copy of main.py, as the README says, and not beside yours with its .env.
-            program = Path(shutil.copy(program, main.parent))
-        self.workers = int(environment.get("WORKERS", "1"))
+        main.write_text(changed(main_code(), changes))
+        self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log: list[str] = []
         self.news = threading.Condition()
         command = [sys.executable, str(program or main)]
+        if workers > 1:
+            served = program or main
+            command[1:] = ["-m", "uvicorn", f"{served.stem}:app", "--workers", str(workers)]
+            command += ["--app-dir", str(served.parent), "--port", str(self.port)]
         environment = {
             "PATH": PATH,
             "HOME": str(folder),
+            # This copy of main.py, and not yours with its .env.
             "PYTHONPATH": os.pathsep.join(
-                map(str, (SUPPORT / "only_loopback", main.parent, ROOT / "backend", EXAMPLES))
+                map(str, (SUPPORT / "only_loopback", main.parent, EXAMPLES, POSTGRES))
             ),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
@@ -390,3 +376,100 @@ async def until(true, seconds: float = 5) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError("it did not come true")
+
+
+class Reading:
+    """A stream that is read by a thread of its own; its events, as they come."""
+
+    def __init__(self, stream):
+        self.events: list = []
+        self.thread = threading.Thread(target=lambda: self.events.extend(stream), daemon=True)
+        self.thread.start()
+
+    async def until(self, text: str) -> None:
+        """Return when an event that holds the text has come."""
+        await until(lambda: any(text in event.model_dump_json() for event in list(self.events)))
+
+    async def end(self) -> list:
+        await asyncio.to_thread(self.thread.join, 10)
+        assert not self.thread.is_alive()
+        return self.events
+
+
+def leave(stream, text: str) -> list:
+    """Read a stream until an event holds the text, and leave; the events."""
+    events = []
+    for event in stream:
+        events.append(event)
+        if text in event.model_dump_json():
+            break
+    stream.close()
+    return events
+
+
+def again(chat: Chat) -> Chat:
+    """The same thread over a connection of its own."""
+    return Chat(str(chat.http.base_url), thread_id=chat.thread_id)
+
+
+async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
+    """Chats at once; the text that each was sent, or "left" as soon as one delta has come."""
+
+    async def one(http: httpx.AsyncClient, text: str) -> str:
+        body = {"type": "threads.create", "params": {"input": message(text)}}
+        found = ""
+        async with http.stream("POST", "/chatkit", json=body) as response:
+            async for line in response.aiter_lines():
+                if '"delta":"' in line:
+                    if leave:
+                        return "left"
+                    found += line.split('"delta":"')[1].split('"')[0]
+        return found
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, verify=NO_TLS) as http:
+        return await asyncio.gather(*(one(http, text) for text in texts))
+
+
+class Local:
+    """main.py's server in this process, with one thread: for what HTTP does not show.
+
+    `model` is LiteLLM's name of a model that the provider plays; without a provider the reply is
+    canned.
+    """
+
+    def __init__(self, main, provider=None, store=None, model: str = "openai/gpt-4o", **agent):
+        self.server = main.ChatKitServerImpl(store or main.MemoryStore())
+        chosen = main.model
+        if provider:
+            url = f"{provider.url}/{model.partition('/')[0]}"
+            chosen = main.ProviderModel(model, url, "key-0123456789")
+        self.server.agent = main.Agent("Assistant", model=chosen, **agent)
+        self.thread: dict[str, str] = {}
+
+    async def process(self, type: str, **params):
+        request = json.dumps({"type": type, "params": params})
+        return await self.server.process(request, {})
+
+    async def start(self, text: str, **more):
+        """The turn that answers a message: an iterator of its events' bytes."""
+        type = "threads.add_user_message" if self.thread else "threads.create"
+        turn = (await self.process(type, input=message(text, **more), **self.thread)).json_events
+        self.thread = {"thread_id": turn.thread_id}
+        return turn
+
+    async def say(self, text: str, **more) -> list:
+        turn = await self.start(text, **more)
+        return [EVENT.validate_json(event[6:]) async for event in turn]
+
+    async def answer(self, result) -> list:
+        """The events that follow the client's answer to its tool call."""
+        params = {**self.thread, "result": result}
+        turn = (await self.process("threads.add_client_tool_output", **params)).json_events
+        return [EVENT.validate_json(event[6:]) async for event in turn]
+
+    async def items(self) -> list:
+        """All stored items, hidden ones too, oldest first; [] if the thread is deleted."""
+        store = self.server.store
+        page = await store.load_thread_items(self.thread["thread_id"], None, 1_000, "asc", {})
+        return page.data

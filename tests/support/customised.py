@@ -1,7 +1,7 @@
-"""The server as a user of the file would extend it: tools, a guardrail, a faster heartbeat.
+"""The server as a user of the file would extend it: tools, agents, guardrails, actions, a store.
 
-Run in main.py's place (main.py is imported, its names are used); the agent's tools are what
-the scripts in the tests call.
+Run in main.py's place (main.py is imported, its names are used); the agent's tools are what the
+scripts in the tests call. Some of the tools and of the store's methods fail when they are told to.
 """
 
 import asyncio
@@ -9,9 +9,11 @@ import gc
 import os
 import time
 from datetime import datetime
+from functools import partial
 
 from agents import (
     Agent,
+    AgentHooks,
     GuardrailFunctionOutput,
     RunContextWrapper,
     StopAtTools,
@@ -22,101 +24,172 @@ from agents import (
     output_guardrail,
 )
 from agents.mcp import MCPServer
+from chatkit import types
 from chatkit.agents import AgentContext, ClientToolCall
 from chatkit.errors import CustomStreamError
-from chatkit.types import (
-    AssistantMessageContent,
-    AssistantMessageItem,
-    CustomTask,
-    HiddenContextItem,
-    TaskItem,
-    ThreadItemAddedEvent,
-    ThreadItemDoneEvent,
-    ThreadItemReplacedEvent,
-    WidgetItem,
-    Workflow,
-)
 from chatkit.widgets import Card, Text
 from fastapi import Request
 from mcp.types import CallToolResult, TextContent
 from mcp.types import Tool as MCPTool
 
 import main
+from sqlite_store import SQLiteStore
 
 Context = RunContextWrapper[AgentContext]
+for name in ("SILENCE_SECONDS", "STOP_SECONDS"):
+    setattr(main, name, float(os.environ.get(name, getattr(main, name))))
+if "DATABASE" in os.environ:
+    main.store = main.server.store = SQLiteStore(os.environ["DATABASE"])
+agent = main.server.agent
+agent.tools = []  # a copy may have tools of these names
 
 
-@function_tool
+def tool(function, **options):
+    """Give the agent a tool."""
+    agent.tools.append(function_tool(function, **options))
+    return function
+
+
+raising = partial(tool, failure_error_function=None)
+
+
+def place(thread) -> dict:
+    """What every item has."""
+    id = main.store.generate_item_id("message", thread, {})
+    return {"id": id, "thread_id": thread.id, "created_at": datetime.now()}
+
+
+# ---- Tools that answer --------------------------------------------------------------------------
+
+
+@tool
 async def clock() -> str:
-    """Tell the time."""
     return "noon"
 
 
-@function_tool
+@tool
+async def stock(city: str) -> str:
+    return f"{city}: A=4711, B=4712"
+
+
+@tool
+async def divide(number: int) -> str:
+    return f"{1 / number}"
+
+
+OUTPUTS = {
+    "report": "the start " + "x" * 200_000 + " the end",
+    "half a pair": "half \ud83d",  # of surrogates
+    "pictures": [
+        ToolOutputText(text="two things"),
+        ToolOutputImage(image_url="data:image/png;base64,iVBORw0KGgo="),
+        ToolOutputFileContent(file_data="JVBERi0xLjQ=", filename="plan.pdf"),
+    ],
+}
+
+
+@tool
+async def give(what: str):
+    return OUTPUTS[what]
+
+
+@tool
+async def password() -> str:
+    return "open sesame"
+
+
+@tool
+async def slow() -> None:
+    """A tool that does not end by itself."""
+    await asyncio.Event().wait()
+
+
+@tool
+def slow_in_a_thread() -> None:
+    """A tool that no cancellation reaches."""
+    time.sleep(1)
+
+
+@raising
+async def broken() -> str:
+    raise ZeroDivisionError("a bug in a tool")
+
+
+@raising
+async def broken_database() -> str:
+    """A tool whose own connection timed out, which the provider did not cause."""
+    raise TimeoutError("the tool's database was silent")
+
+
+@tool
 async def pick_colour(ctx: Context, hint: str) -> str:
     """Ask the browser for a colour."""
     ctx.context.client_tool_call = ClientToolCall(name="pick_colour", arguments={"hint": hint})
     return "asked"
 
 
-@function_tool
+@tool
 async def ask_page(ctx: Context) -> str:
     """Ask the browser under another name than the tool's."""
     ctx.context.client_tool_call = ClientToolCall(name="choose", arguments={"hint": "warm"})
     return "asked"
 
 
-@function_tool
-async def show_card(ctx: Context) -> str:
+# ---- Tools that show something ------------------------------------------------------------------
+
+
+@tool
+async def play_sound(ctx: Context) -> None:
+    await ctx.context.stream(types.ClientEffectEvent(name="sound", data={"of": "a bell"}))
+
+
+@tool
+async def give_notice(ctx: Context) -> None:
+    await ctx.context.stream(types.NoticeEvent(level="info", message="Look up.", title=None))
+
+
+@tool
+async def leave_note(ctx: Context) -> None:
+    note = types.HiddenContextItem(**place(ctx.context.thread), content="a hidden note")
+    await ctx.context.stream(types.ThreadItemDoneEvent(item=note))
+
+
+@tool
+async def show_card(ctx: Context) -> None:
     """Show a card, a task and a workflow, and leave a hidden note."""
     context = ctx.context
     await context.stream_widget(Card(children=[Text(id="t", value="a card")]))
-    task = TaskItem(
-        id=context.generate_id("task"),
-        thread_id=context.thread.id,
-        created_at=context.thread.created_at,
-        task=CustomTask(title="a task", content="done"),
-    )
-    note = HiddenContextItem(
-        id=context.generate_id("message"),
-        thread_id=context.thread.id,
-        created_at=context.thread.created_at,
-        content="a hidden note",
-    )
-    await context.stream(ThreadItemDoneEvent(item=task))
-    await context.stream(ThreadItemDoneEvent(item=note))
-    await context.start_workflow(Workflow(type="custom", tasks=[]))
-    await context.add_workflow_task(CustomTask(title="a step", content="taken"))
+    task = types.CustomTask(title="a task", content="done")
+    item = types.TaskItem(**place(context.thread), task=task)
+    await context.stream(types.ThreadItemDoneEvent(item=item))
+    await leave_note(ctx)
+    await context.start_workflow(types.Workflow(type="custom", tasks=[]))
+    await context.add_workflow_task(types.CustomTask(title="a step", content="taken"))
     await context.end_workflow()
-    return "shown"
 
 
-@function_tool
-async def three_steps(ctx: Context) -> str:
-    """Show a workflow of three steps, as they are taken."""
+@tool
+async def three_steps(ctx: Context, end: bool = True) -> None:
+    """Show a workflow of three steps, which the next message ends, or this tool."""
     for title in ("plan", "search", "read"):
-        await ctx.context.add_workflow_task(CustomTask(title=title, content=f"{title} it"))
-    return "taken"
+        await ctx.context.add_workflow_task(types.CustomTask(title=title, content=f"{title} it"))
+    if end:
+        await ctx.context.end_workflow()
 
 
-@function_tool
-async def replace_card(ctx: Context) -> str:
+@tool
+async def replace_card(ctx: Context) -> None:
     """Show a card that is not done yet, and another in its place."""
-    context = ctx.context
-    item = WidgetItem(
-        id=context.generate_id("message"),
-        thread_id=context.thread.id,
-        created_at=context.thread.created_at,
-        widget=Card(children=[Text(value="the first card")]),
-    )
-    await context.stream(ThreadItemAddedEvent(item=item))
-    item = item.model_copy(update={"widget": Card(children=[Text(value="the second card")])})
-    await context.stream(ThreadItemReplacedEvent(item=item))
-    return "replaced"
+    texts = ("the first card", "the second card")
+    first, second = (Card(children=[Text(value=text)]) for text in texts)
+    card = types.WidgetItem(**place(ctx.context.thread), widget=first)
+    await ctx.context.stream(types.ThreadItemAddedEvent(item=card))
+    card = card.model_copy(update={"widget": second})
+    await ctx.context.stream(types.ThreadItemReplacedEvent(item=card))
 
 
-@function_tool(failure_error_function=None)
-async def growing_card(ctx: Context, end: str) -> str:
+@raising
+async def growing_card(ctx: Context, end: str) -> None:
     """Show a card whose text grows, until the user leaves or a bug ends it."""
 
     async def states():
@@ -127,91 +200,37 @@ async def growing_card(ctx: Context, end: str) -> str:
         await asyncio.Event().wait()
 
     await ctx.context.stream_widget(states())
-    return "grown"
 
 
-@function_tool(failure_error_function=None)
-async def broken() -> str:
-    """A tool with a bug."""
-    raise ZeroDivisionError("a bug in a tool")
+@tool
+async def quote_a_page(ctx: Context) -> None:
+    """Show a message with a source, which is not done."""
+    item = types.AssistantMessageItem(**place(ctx.context.thread), content=[])
+    await ctx.context.stream(types.ThreadItemAddedEvent(item=item))
+    text = types.AssistantMessageContent(text="a page says")
+    source = types.Annotation(source=types.URLSource(url="https://a.example", title="it"), index=3)
+    added = types.AssistantMessageContentPartAdded(content_index=0, content=text)
+    cited = types.AssistantMessageContentPartAnnotationAdded
+    cited = cited(content_index=0, annotation_index=0, annotation=source)
+    for update in (added, cited):
+        await ctx.context.stream(types.ThreadItemUpdatedEvent(item_id=item.id, update=update))
 
 
-@function_tool(failure_error_function=None)
-async def broken_database() -> str:
-    """A tool whose own connection timed out, which the provider did not cause."""
-    raise TimeoutError("the tool's database was silent")
+@tool
+async def end_thread(ctx: Context, how: str) -> None:
+    """Lock the thread, or close it without a reason."""
+    locked, closed = types.LockedStatus(reason="The shop is closed."), types.ClosedStatus()
+    ctx.context.thread.status = locked if how == "locked" else closed
 
 
-@function_tool
-async def slow() -> str:
-    """A tool that takes its time."""
-    await asyncio.sleep(float(os.environ.get("SLOW_TOOL", "1")))
-    return "finally"
-
-
-@function_tool
-def slow_in_a_thread() -> str:
-    """A tool that no cancellation reaches."""
-    time.sleep(1)
-    return "finally"
-
-
-@function_tool
-async def stock(city: str) -> str:
-    """List what a shop has."""
-    return f"{city}: A=4711, B=4712"
-
-
-@function_tool
-async def divide(number: int) -> str:
-    """Divide by a number, which fails for zero."""
-    return f"{1 / number}"
-
-
-@function_tool
-async def report(length: int) -> str:
-    """Write a long report."""
-    return "the start " + "x" * length + " the end"
-
-
-@function_tool
-async def pictures() -> list:
-    """Return a text, an image and a file."""
-    return [
-        ToolOutputText(text="two things"),
-        ToolOutputImage(image_url="data:image/png;base64,iVBORw0KGgo="),
-        ToolOutputFileContent(file_data="JVBERi0xLjQ=", filename="plan.pdf"),
-    ]
-
-
-@function_tool
-async def half_a_pair() -> str:
-    """Return half of a surrogate pair."""
-    return "half \ud83d"
-
-
-@function_tool
-async def password() -> str:
-    """Tell the password, which must not be kept."""
-    return "open sesame"
+# ---- Agents, guardrails, hooks ------------------------------------------------------------------
 
 
 class Almanac(MCPServer):
     """An MCP server with one tool."""
 
     name = "almanac"
-
-    async def connect(self):
-        pass
-
-    async def cleanup(self):
-        pass
-
-    async def list_prompts(self):
-        raise NotImplementedError
-
-    async def get_prompt(self, name, arguments=None):
-        raise NotImplementedError
+    connect = cleanup = list_prompts = get_prompt = None
 
     async def list_tools(self, run_context=None, agent=None):
         schema = {"type": "object", "properties": {"day": {"type": "string"}}}
@@ -222,37 +241,41 @@ class Almanac(MCPServer):
         return CallToolResult(content=[text])
 
 
-second = Agent("Second", instructions="You are the second agent.")
-
-
-async def on_stream(event) -> None:
-    """Have the second agent stream: the tests' provider does nothing else."""
-
-
 @output_guardrail
 async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
 
 
-class Hooks(main.ToolMemory):
-    """Hooks of the application."""
-
+class Hooks(AgentHooks):
     async def on_tool_start(self, context, agent, tool):
-        await super().on_tool_start(context, agent, tool)
-        if tool.name in ("slow", "slow_in_a_thread", "stock"):
+        if tool.name.startswith("slow"):
             print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
 
 
-main.server.hooks = Hooks
+second = Agent("Second", instructions="You are the second agent.")
+agent.handoffs = [second]
+agent.tools.append(second.as_tool("ask_second", "Ask the second agent."))
+agent.mcp_servers = [Almanac()]
+agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "ask_page"])
+agent.output_guardrails = [no_secrets]
+agent.hooks = Hooks()
+agent.model_settings = main.ModelSettings(max_tokens=1_000)  # nothing else may get lost
+main.server.forgotten_tools.add("password")
 
 
-def hidden(thread_id: str, content, context) -> HiddenContextItem:
-    return HiddenContextItem(
-        id=main.store.generate_item_id("message", None, context),
-        thread_id=thread_id,
-        created_at=datetime.now(),
-        content=content,
+async def act(thread, action, sender, context):
+    """What a click on a widget does."""
+    if action.type == "refuse":
+        raise CustomStreamError("You cannot do this now.", allow_retry=False)
+    if action.type == "break":
+        raise ZeroDivisionError("a bug in an action")
+    content = [types.AssistantMessageContent(text="You clicked.")]
+    yield types.ThreadItemDoneEvent(
+        item=types.AssistantMessageItem(**place(thread), content=content)
     )
+
+
+main.server.action = act
 
 
 async def hidden_context_to_input(item, convert=main.server.converter.hidden_context_to_input):
@@ -262,53 +285,12 @@ async def hidden_context_to_input(item, convert=main.server.converter.hidden_con
 
 
 main.server.converter.hidden_context_to_input = hidden_context_to_input
-# A copy may have tools of these names already.
-main.server.agent.tools = [
-    clock,
-    pick_colour,
-    ask_page,
-    show_card,
-    three_steps,
-    replace_card,
-    growing_card,
-    broken,
-    broken_database,
-    slow,
-    slow_in_a_thread,
-    stock,
-    divide,
-    report,
-    pictures,
-    half_a_pair,
-    password,
-    second.as_tool("ask_second", "Ask the second agent.", on_stream=on_stream),
-]
-main.server.agent.mcp_servers.append(Almanac())
-main.server.agent.handoffs.append(second)
-main.server.forgotten_tools.add("password")
-main.server.agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "ask_page"])
-main.server.agent.output_guardrails.append(no_secrets)
 
-
-async def act(thread, action, sender, context):
-    """What a click on a widget does."""
-    if action.type == "refuse":
-        raise CustomStreamError("You cannot do this now.", allow_retry=False)
-    if action.type == "break":
-        raise ZeroDivisionError("a bug in an action")
-    item = AssistantMessageItem(
-        id=main.store.generate_item_id("message", thread, context),
-        thread_id=thread.id,
-        created_at=thread.created_at,
-        content=[AssistantMessageContent(text="You clicked.")],
-    )
-    yield ThreadItemDoneEvent(item=item)
-
-
-main.server.action = act
+# ---- The store ----------------------------------------------------------------------------------
 
 
 async def add_thread_item(thread_id, item, context, add=main.store.add_thread_item):
+    await asyncio.sleep(0)  # a database would wait here, and a cancellation arrive
     if "more than the disk holds" in str(item):
         raise OSError("the disk is full")
     await add(thread_id, item, context)
@@ -320,25 +302,22 @@ async def save_thread(thread, context, save=main.store.save_thread):
     await save(thread, context)
 
 
-async def load_thread_items(
-    thread_id, after, limit, order, context, load=main.store.load_thread_items
-):
-    page = await load(thread_id, after, limit, order, context)
-    if (limit, order) == (main.HISTORY_ITEMS, "desc") and "no history" in str(page):
+async def history(thread, context, load=main.server.history):
+    told = await load(thread, context)
+    if "no history" in str(told):
         raise OSError("the history was not read")
-    return page
+    return told
 
 
-main.store.add_thread_item = add_thread_item
-main.store.save_thread = save_thread
-main.store.load_thread_items = load_thread_items
+main.server.history = history
+main.store.add_thread_item, main.store.save_thread = add_thread_item, save_thread
+
+# ---- LiteLLM, and routes of the tests -----------------------------------------------------------
 
 
 def completion(*args, original=main.litellm.main.completion, **kwargs):
     """LiteLLM prepares a request in a thread; some take their time."""
-    if "a mistake in the server" in str(kwargs["messages"][-1]):
-        raise TypeError("customised.py is wrong")
-    slow = "slow to prepare" in str(kwargs.get("messages"))
+    slow = "slow to prepare" in str(kwargs["messages"])
     if slow:
         print("preparing", flush=True)
         time.sleep(0.3)
@@ -350,16 +329,14 @@ def completion(*args, original=main.litellm.main.completion, **kwargs):
 
 
 main.litellm.main.completion = completion
-main.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", main.SILENCE_SECONDS))
-
-
 app = main.app
 
 
 @app.post("/hidden/{thread_id}")
 async def add_hidden_item(thread_id: str, request: Request):
     """Put a hidden item of the application's own into a thread."""
-    item = hidden(thread_id, await request.json(), {})
+    thread = await main.server.store.load_thread(thread_id, {})
+    item = types.HiddenContextItem(**place(thread), content=await request.json())
     await main.server.store.add_thread_item(thread_id, item, {})
 
 

@@ -4,31 +4,63 @@ They take seconds in each new process. A forked server still runs its program fr
 as `__main__`, with an environment made from scratch.
 """
 
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
+IMPORTED = (  # by main.py, and by the libraries with their first request
+    "agents.extensions.models.litellm_model",
+    "anyio._backends._asyncio",
+    "chatkit.agents",
+    "chatkit.server",
+    "fastapi.security",
+    "httpcore",
+    "litellm",
+    "litellm._service_logger",
+    "litellm.litellm_core_utils.default_encoding",
+    "litellm.proxy._types",
+    "openai.resources.chat",
+    "uvicorn.protocols.http.h11_impl",
+    "uvicorn.protocols.websockets.auto",
+)
+COMPILED = ("Response", "ResponseOutputItemAddedEvent", "ResponseOutputItemDoneEvent")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["warm"])
+context.set_forkserver_preload(["forked"])
 
 
 def warm_up() -> None:
-    """Start the forkserver, with no variable but these.
-
-    It does its imports while this process goes on.
-    """
+    """Start the process, which does its imports, below, while this one goes on."""
     environment = dict(os.environ)
     os.environ.clear()
-    os.environ.update({"PATH": environment["PATH"], "PYTHONPATH": str(SUPPORT)})
+    os.environ.update(
+        {
+            "PATH": environment["PATH"],
+            "PYTHONPATH": str(SUPPORT),
+            "IMPORT_ALL": "yes",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "OPENAI_AGENTS_DISABLE_TRACING": "true",
+        }
+    )
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(environment)
+
+
+if os.environ.pop("IMPORT_ALL", ""):
+    runpy.run_path(str(SUPPORT / "only_loopback" / "sitecustomize.py"))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    for name in COMPILED:  # pydantic does it with the first object, in 0.3 seconds
+        getattr(importlib.import_module("openai.types.responses"), name).model_rebuild()
+    assert threading.active_count() == 1, threading.enumerate()  # a fork has none of them
 
 
 def run(program: str, environment: dict[str, str], folder: str, output) -> None:
@@ -36,12 +68,9 @@ def run(program: str, environment: dict[str, str], folder: str, output) -> None:
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    # A new process is nobody's worker, and may have workers.
-    multiprocessing.process._parent_process = None
-    multiprocessing.current_process()._config["daemon"] = False
-    sys.stdin = None  # its number is not that of an open file in the workers
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
+    multiprocessing.process._parent_process = None  # a new process is nobody's worker
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -66,6 +95,8 @@ class Forked:
         self.pid = self.process.pid
         self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
         reader.close()
+        self.send_signal = lambda number: os.kill(self.pid, number)
+        self.kill = self.process.kill
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -75,9 +106,3 @@ class Forked:
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self.pid), seconds)
         return self.process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.process.kill()

@@ -1,9 +1,10 @@
-"""What `uvicorn main:app --app-dir backend` runs, on the port of the environment."""
+"""What `uvicorn main:app --app-dir backend` runs, or another APP, on PORT."""
 
 import os
 import sys
 
 import uvicorn
 
-sys.argv = ["uvicorn", "main:app", "--app-dir", "backend", "--port", os.environ["PORT"]]
+app = os.environ.get("APP", "main:app")
+sys.argv = ["uvicorn", app, "--app-dir", "backend", "--port", os.environ["PORT"]]
 uvicorn.main()

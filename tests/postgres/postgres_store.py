@@ -1,44 +1,78 @@
-"""chatkit's Store on PostgreSQL 13 or newer, for any number of workers.
+"""The chat server with its threads in PostgreSQL 13 or newer, served by one process or by several.
 
-Copy this file beside main.py, `pip install "psycopg[binary]"`, and write in main.py,
-instead of `store = MemoryStore()`:
+Try it, on an existing database, with a key and without:
 
-    from postgres_store import PostgresStore
+    backend/.venv/bin/python -m pip install -r tests/postgres/requirements.txt
+    export DATABASE_URL=postgresql://user:password@localhost:5432/chat
+    GEMINI_API_KEY=... make run APP=tests/postgres/postgres_store.py
+    PROVIDER=mock make run APP=tests/postgres/postgres_store.py
 
-    store = PostgresStore(os.getenv("DATABASE_URL", ""))
+With four processes, which are called workers:
 
-The store creates its tables. `python postgres_store.py` prints their SQL, for a role that may not.
+    PYTHONPATH=backend backend/.venv/bin/uvicorn --app-dir tests/postgres postgres_store:app \\
+        --workers 4 --host 0.0.0.0 --port 8000
 
-Each method sends one statement: one round trip, one transaction. It needs nothing from the session,
-so a pooler in transaction mode, such as PgBouncer, may stand between. Every statement may be sent
-again, and is sent again once, on a new connection, if it fails: the database may have restarted, or
-another server may have become the primary.
+In a file of your own, write `import postgres_store` below `import main`, and this folder into
+PYTHONPATH. Importing this file is enough: it gives the server a store on DATABASE_URL. For workers,
+your file needs `app = main.app`.
 
-Raises chatkit's NotFoundError for what is missing or belongs to another user, and
-DatabaseUnavailable for what the database does not do, or not within `timeout` seconds.
+What to change: the arguments of PostgresStore in the last lines, and PAGE_BYTES.
+
+Rights   The store creates its three tables when it starts. If its role may not, this prints their
+         SQL: PYTHONPATH=backend python tests/postgres/postgres_store.py --schema
+         Run it as another role. Then grant SELECT, INSERT, UPDATE and DELETE on the tables.
+Workers  Any worker can continue any thread, so sticky sessions are not needed. If one is killed,
+         the unfinished part of its replies is lost; uvicorn starts another one, and the threads go
+         on. A retry stops the reply that it repeats if the same worker streams it; otherwise both
+         replies are stored.
+Poolers  PgBouncer and others may stand between, in transaction mode, too. Each method sends one
+         statement, which is one transaction, and nothing is prepared or kept in the session.
+Outages  While the database cannot be used, requests get a 503, and replies end with an error, after
+         `timeout` seconds at the latest. Both say UNAVAILABLE. The log has the cause, without the
+         password. GET /health answers. The first request afterwards works, without a restart.
+         A statement that fails is sent once more, on a new connection: the database may have
+         restarted, or another server may be the primary now. If DATABASE_URL names both, it is
+         found: postgresql://user:password@one,two/chat?target_session_attrs=read-write
+         If DATABASE_URL is malformed, the start fails with one line, and uvicorn ends, too.
+Figures  Of `make bench-postgres` on two slow cores, which the database, the provider and the client
+         shared, 2026-11-28. 25 streams at 50 deltas/s have a p95 delay under 100 ms, with one
+         worker and with two: plan one core for each 20 streams. A worker needs 305 MiB, their
+         parent 40. It opens up to 10 connections (`max_size`); 4 served 200 chats in the tests.
+         The first delta comes after 18 ms, 13 in memory. A page of 20 rows takes as long with
+         100,000 rows as with 100. A message and its reply are 7 statements: load the thread twice,
+         add the message, read three pages, add the reply. A step with tool calls is one more.
+Growth   When one database is too small, use one for each group of users: every statement names the
+         owner. Or use an engine with the same protocol that spreads over machines; none was tested.
+
+`make test-postgres` tests all this, on a database of its own or on that of DATABASE_URL.
 """
 
 import asyncio
-import logging
 import multiprocessing
+import os
 import re
-import secrets
+import signal
 import socket
+import sys
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import anyio
 import psycopg
 from chatkit.errors import CustomStreamError
-from chatkit.store import NotFoundError, Store, StoreItemType, default_generate_id
+from chatkit.store import NotFoundError, Store, StoreItemType
 from chatkit.types import Attachment, Page, ThreadItem, ThreadMetadata
-from fastapi import HTTPException
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import InsufficientPrivilege, InvalidSchemaName, UndefinedTable
 from pydantic import TypeAdapter
+
+import main
 
 # `number` grows with every row, so it is the order of addition. `owner` is the user's id, or "".
 SCHEMA = """\
@@ -66,10 +100,9 @@ CREATE TABLE IF NOT EXISTS chatkit_attachments (
     data jsonb NOT NULL
 );
 """
-# Changes nothing, but fails as a write does: without the tables, without rights, on a standby.
+# It changes nothing, but fails as a write does: without the tables, without rights, on a standby.
 PROBE = "UPDATE chatkit_attachments SET data = data WHERE false"
 
-Context = dict[str, str]  # {} or {"user_id": ...}
 Row = TypeVar("Row", ThreadMetadata, ThreadItem, Attachment)
 
 
@@ -90,30 +123,64 @@ ITEMS = Table[ThreadItem](
 )
 ATTACHMENTS = Table[Attachment]("chatkit_attachments", "Attachment", TypeAdapter(Attachment))
 
+PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here
+LOG_SECONDS = 60  # the same cause is logged once in this time
+
+# ---- What fails ----------------------------------------------------------------------------------
+
 BAD_URL = (
-    "The database's URL is not of the form postgresql://user:password@host:5432/database: "
+    "DATABASE_URL is not of the form postgresql://user:password@host:5432/database: "
     "special characters in a password are written as %40 and the like, and no driver is named."
 )
 RIGHTS = (
     "The role needs SELECT, INSERT, UPDATE and DELETE on the three chatkit_ tables, and CREATE on "
-    "their schema unless the tables exist. `python postgres_store.py` prints their SQL."
+    "their schema unless the tables exist. `python postgres_store.py --schema` prints their SQL."
 )
 UNAVAILABLE = "The database is unavailable. Try again in a moment."
-PAGE_BYTES = 4 * 1024 * 1024  # a page of long rows ends here
-LOG_SECONDS = 60  # the same cause is logged once in this time
-logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
 
-class DatabaseUnavailable(HTTPException, CustomStreamError):
-    """FastAPI answers a request with a 503, and chatkit ends a reply with an error event."""
+class DatabaseUnavailable(CustomStreamError):
+    """A reply ends with this error, a request gets a 503. The cause is in `__cause__`."""
+
+    # The store logs the cause, once in LOG_SECONDS, and main.py need not. It could not log each:
+    # chatkit tells it nothing of an item that it could not store.
+    logged = True
 
     def __init__(self) -> None:
-        HTTPException.__init__(self, 503, UNAVAILABLE)
-        CustomStreamError.__init__(self, UNAVAILABLE, allow_retry=True)
+        super().__init__(UNAVAILABLE, allow_retry=True)
 
 
 class ThreadDeleted(NotFoundError, CustomStreamError):
     """Another worker has deleted the thread. A reply that streams into it ends with the message."""
+
+    def __init__(self, reason: str) -> None:
+        CustomStreamError.__init__(self, main.DELETED)
+        self.args = (reason,)
+
+
+@main.app.exception_handler(DatabaseUnavailable)
+async def unavailable(request: Request, error: DatabaseUnavailable) -> JSONResponse:
+    return JSONResponse({"detail": UNAVAILABLE}, 503)
+
+
+logged: dict[str, float] = {}  # cause -> when it was logged
+
+
+def log_cause(error: Exception) -> None:
+    """Log the database's own words, on one line, and what helps if rights are missing."""
+    diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    cause = " ".join((diagnosis or str(error)).split())
+    if isinstance(error, (InsufficientPrivilege, InvalidSchemaName)):
+        cause += f". {RIGHTS}"
+    now = time.monotonic()
+    for text in [text for text, when in logged.items() if now - when > LOG_SECONDS]:
+        del logged[text]
+    if cause not in logged:
+        logged[cause] = now
+        main.logger.error("The database is unavailable: %s", cause)
+
+
+# ---- Connections ---------------------------------------------------------------------------------
 
 
 def connection_string(url: str, timeout: float) -> str:
@@ -134,8 +201,30 @@ def connection_string(url: str, timeout: float) -> str:
     names = f"{given.get('host')}{given.get('dbname')}"
     ports = str(given.get("port", "")).replace(",", "")
     if not given or "@" in names or ports.strip("0123456789"):
+        end_parent()
         raise SystemExit(BAD_URL)
     return make_conninfo("", **{**options, **given})
+
+
+def end_parent() -> None:
+    """Tell uvicorn to end, if this is one of its workers.
+
+    Workaround (uvicorn discussion 2440): in place of a worker that ends at its start, it starts
+    another one, for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid:
+        os.kill(parent.pid, signal.SIGTERM)
+
+
+@contextmanager
+def time_limit(deadline: float, reason: str) -> Iterator[None]:
+    """Raises TimeoutError with the reason at the deadline, a time of the event loop's clock."""
+    try:
+        with anyio.fail_after(deadline - asyncio.get_running_loop().time()):
+            yield
+    except TimeoutError:
+        raise TimeoutError(reason) from None
 
 
 def shut_down(connection: AsyncConnection) -> None:
@@ -151,13 +240,7 @@ def shut_down(connection: AsyncConnection) -> None:
             theirs.detach()  # psycopg closes it
 
 
-def cause_of(error: Exception) -> str:
-    """Return the database's own words, on one line, and what helps if rights are missing."""
-    diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    cause = " ".join((diagnosis or str(error)).split())
-    if isinstance(error, (InsufficientPrivilege, InvalidSchemaName)):
-        cause += f". {RIGHTS}"
-    return cause
+# ---- The store -----------------------------------------------------------------------------------
 
 
 def to_jsonb(text: str) -> str:
@@ -175,17 +258,15 @@ def from_jsonb(text: str) -> str:
     return text.replace("\ufffe0", r"\u0000").replace("\ufffe1", "\ufffe")
 
 
-def new_id(item_type: StoreItemType) -> str:
-    """Return an id with chatkit's prefix and 128 random bits: chatkit's own 32 bits collide."""
-    prefix = default_generate_id(item_type).split("_")[0]
-    return f"{prefix}_{secrets.token_hex(16)}"
+class PostgresStore(Store[main.Context]):
+    """chatkit's Store. tests/test_store.py is its contract.
 
-
-class PostgresStore(Store[Context]):
-    logged_message = UNAVAILABLE  # with its cause; main.py does not log it for each reply
+    Raises NotFoundError for what is missing or belongs to another user, and DatabaseUnavailable for
+    what the database does not do, or not in time.
+    """
 
     def __init__(self, url: str, max_size: int = 10, timeout: float = 8) -> None:
-        """Open at most `max_size` connections in each worker. No call takes longer than `timeout`.
+        """Open at most `max_size` connections in each process. No call takes more than `timeout`.
 
         If the database is not there, the log says why. The store works as soon as it is there.
         """
@@ -193,12 +274,11 @@ class PostgresStore(Store[Context]):
         self.max_size, self.timeout = max_size, timeout
         self.free = asyncio.Semaphore(max_size)
         self.idle: list[AsyncConnection] = []  # the one that was used last is the next
-        self.logged: dict[str, float] = {}  # cause -> when it was logged
-        if multiprocessing.parent_process() is None:  # the parent of workers has done it for them
-            try:
-                self.create_tables()
-            except psycopg.Error as error:
-                self.log(cause_of(error))
+        self.no_answer = f"no answer within {timeout:g} seconds"
+        try:
+            self.create_tables()
+        except psycopg.Error as error:
+            log_cause(error)
 
     def create_tables(self) -> None:
         """Create the tables if they are missing, and find out whether they can be written to."""
@@ -213,90 +293,83 @@ class PostgresStore(Store[Context]):
         while self.idle:
             await self.idle.pop().close()
 
-    def log(self, cause: str) -> None:
-        now = time.monotonic()
-        recent = {text: when for text, when in self.logged.items() if now - when < LOG_SECONDS}
-        if cause not in recent:
-            logger.error("The database is unavailable: %s", cause)
-        self.logged = {cause: now, **recent}
-
-    async def borrow(self, deadline: float) -> AsyncConnection:
-        """Return an idle connection, or a new one, before the deadline.
+    @asynccontextmanager
+    async def connection(self, deadline: float) -> AsyncIterator[AsyncConnection]:
+        """Lend an idle connection, or a new one, until the deadline. One that fails is closed.
 
         psycopg_pool would make everybody wait while the database refuses, and not tell them why.
         """
-        loop = asyncio.get_running_loop()
+        with time_limit(deadline, f"all {self.max_size} connections are busy"):
+            await self.free.acquire()
         try:
-            with anyio.fail_after(deadline - loop.time()):
-                await self.free.acquire()
-        except TimeoutError:
-            raise TimeoutError(f"all {self.max_size} connections are busy") from None
-        connection = self.idle.pop() if self.idle else None
-        try:
-            if connection is None:
-                with anyio.fail_after(deadline - loop.time()):
+            if self.idle:
+                connection = self.idle.pop()
+            else:
+                with time_limit(deadline, self.no_answer):
                     # By default psycopg prepares a statement that comes often. Behind a pooler the
                     # next one reaches another session, which knows another one by that name.
                     connection = await AsyncConnection.connect(
                         self.conninfo, autocommit=True, prepare_threshold=None
                     )
-        except BaseException:
+            timer = asyncio.get_running_loop().call_at(deadline, shut_down, connection)
+            try:
+                yield connection
+            except BaseException:
+                await connection.close()
+                raise
+            finally:
+                timer.cancel()
+            self.idle.append(connection)
+        finally:
             self.free.release()
-            raise
-        return connection
 
     async def rows_once(
         self, statement: str, parameters: dict[str, str | int], deadline: float
     ) -> list[tuple[Any, ...]]:
-        loop = asyncio.get_running_loop()
-        connection = await self.borrow(deadline)
-        limit = loop.call_later(deadline - loop.time(), shut_down, connection)
         try:
-            cursor = await connection.execute(statement, parameters)
-            rows = await cursor.fetchall() if cursor.description else []
-        except BaseException as error:
-            await connection.close()
-            if isinstance(error, psycopg.Error) and loop.time() >= deadline:
-                raise TimeoutError from error
-            raise
-        else:
-            self.idle.append(connection)
-            return rows
-        finally:
-            limit.cancel()
-            self.free.release()
+            async with self.connection(deadline) as connection:
+                cursor = await connection.execute(statement, parameters)
+                return await cursor.fetchall() if cursor.description else []
+        except psycopg.Error as error:
+            if asyncio.get_running_loop().time() < deadline:
+                raise
+            raise TimeoutError(self.no_answer) from error
 
     async def rows(
-        self, statement: str, context: Context, limit: int = 0, **values: str
+        self, statement: str, context: main.Context, limit: int = 0, **values: str
     ) -> list[tuple[Any, ...]]:
-        """Return the rows of the statement. Raises DatabaseUnavailable, and logs the cause."""
+        """Return the rows of the statement, which is sent once more if it fails.
+
+        Raises DatabaseUnavailable, and logs the cause.
+        """
         values = {"owner": context.get("user_id", ""), **values}
         parameters: dict[str, str | int] = {"limit": limit}
         for name, value in values.items():
             parameters[name] = value.replace("\0", "\ufffe0")  # text cannot store NUL, either
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.timeout
+        deadline = asyncio.get_running_loop().time() + self.timeout
         try:
             try:
                 return await self.rows_once(statement, parameters, deadline)
             except UndefinedTable:  # the database was not there at the start
-                with anyio.fail_after(deadline - loop.time()):
+                with time_limit(deadline, self.no_answer):
                     await asyncio.to_thread(self.create_tables)
             except psycopg.Error:  # the idle connections may be as dead, or as read-only
                 await self.close()
             return await self.rows_once(statement, parameters, deadline)
         except (psycopg.Error, TimeoutError) as error:
-            self.log(cause_of(error) or f"no answer within {self.timeout:g} seconds")
+            log_cause(error)
             raise DatabaseUnavailable from error
 
-    async def load(self, table: Table[Row], id: str, context: Context, thread_id: str = "") -> Row:
+    async def load(
+        self, table: Table[Row], id: str, context: main.Context, thread_id: str = ""
+    ) -> Row:
         statement = f"SELECT data::text FROM {table.name} WHERE {table.visible} AND id = %(id)s"
         rows = await self.rows(statement, context, id=id, thread_id=thread_id)
         if not rows:
             raise NotFoundError(f"{table.kind} {id} not found")
         return table.type.validate_json(from_jsonb(rows[0][0]))
 
-    async def save(self, table: Table[Row], row: Row, context: Context) -> None:
+    async def save(self, table: Table[Row], row: Row, context: main.Context) -> None:
         """Add the thread or attachment, or replace it in place."""
         statement = (
             f"INSERT INTO {table.name} AS stored (id, owner, data) "
@@ -314,7 +387,7 @@ class PostgresStore(Store[Context]):
         after: str | None,
         limit: int,
         order: str,
-        context: Context,
+        context: main.Context,
         thread_id: str = "",
     ) -> Page[Row]:
         comparison, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
@@ -345,41 +418,43 @@ class PostgresStore(Store[Context]):
         return Page(data=data, has_more=more, after=data[-1].id if more else None)
 
     async def delete(
-        self, table: Table[Row], id: str, context: Context, thread_id: str = ""
+        self, table: Table[Row], id: str, context: main.Context, thread_id: str = ""
     ) -> None:
         statement = f"DELETE FROM {table.name} WHERE {table.visible} AND id = %(id)s"
         await self.rows(statement, context, id=id, thread_id=thread_id)
 
     # ---- chatkit's Store
 
-    def generate_thread_id(self, context: Context) -> str:
-        return new_id("thread")
+    def generate_thread_id(self, context: main.Context) -> str:
+        return main.long_id("thread")
 
     def generate_item_id(
-        self, item_type: StoreItemType, thread: ThreadMetadata, context: Context
+        self, item_type: StoreItemType, thread: ThreadMetadata, context: main.Context
     ) -> str:
-        return new_id(item_type)
+        return main.long_id(item_type)
 
-    async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
+    async def load_thread(self, thread_id: str, context: main.Context) -> ThreadMetadata:
         return await self.load(THREADS, thread_id, context)
 
-    async def save_thread(self, thread: ThreadMetadata, context: Context) -> None:
+    async def save_thread(self, thread: ThreadMetadata, context: main.Context) -> None:
         await self.save(THREADS, thread, context)
 
     async def load_threads(
-        self, limit: int, after: str | None, order: str, context: Context
+        self, limit: int, after: str | None, order: str, context: main.Context
     ) -> Page[ThreadMetadata]:
         return await self.page(THREADS, after, limit, order, context)
 
-    async def delete_thread(self, thread_id: str, context: Context) -> None:
+    async def delete_thread(self, thread_id: str, context: main.Context) -> None:
         await self.delete(THREADS, thread_id, context)
 
     async def load_thread_items(
-        self, thread_id: str, after: str | None, limit: int, order: str, context: Context
+        self, thread_id: str, after: str | None, limit: int, order: str, context: main.Context
     ) -> Page[ThreadItem]:
         return await self.page(ITEMS, after, limit, order, context, thread_id)
 
-    async def add_thread_item(self, thread_id: str, item: ThreadItem, context: Context) -> None:
+    async def add_thread_item(
+        self, thread_id: str, item: ThreadItem, context: main.Context
+    ) -> None:
         # The row lock makes concurrent writers wait, so that numbers are in the order of commits.
         statement = (
             "WITH thread AS (SELECT id, owner FROM chatkit_threads "
@@ -394,21 +469,28 @@ class PostgresStore(Store[Context]):
 
     save_item = add_thread_item
 
-    async def load_item(self, thread_id: str, item_id: str, context: Context) -> ThreadItem:
+    async def load_item(self, thread_id: str, item_id: str, context: main.Context) -> ThreadItem:
         return await self.load(ITEMS, item_id, context, thread_id)
 
-    async def delete_thread_item(self, thread_id: str, item_id: str, context: Context) -> None:
+    async def delete_thread_item(self, thread_id: str, item_id: str, context: main.Context) -> None:
         await self.delete(ITEMS, item_id, context, thread_id)
 
-    async def save_attachment(self, attachment: Attachment, context: Context) -> None:
+    async def save_attachment(self, attachment: Attachment, context: main.Context) -> None:
         await self.save(ATTACHMENTS, attachment, context)
 
-    async def load_attachment(self, attachment_id: str, context: Context) -> Attachment:
+    async def load_attachment(self, attachment_id: str, context: main.Context) -> Attachment:
         return await self.load(ATTACHMENTS, attachment_id, context)
 
-    async def delete_attachment(self, attachment_id: str, context: Context) -> None:
+    async def delete_attachment(self, attachment_id: str, context: main.Context) -> None:
         await self.delete(ATTACHMENTS, attachment_id, context)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--schema"]:
     print(SCHEMA, end="")
+    sys.exit()
+
+main.server.store = PostgresStore(os.getenv("DATABASE_URL", ""))
+app = main.app
+
+if __name__ == "__main__":
+    main.serve()

@@ -1,0 +1,102 @@
+"""make, and the versions in backend/constraints.txt."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client import ROOT
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+PYTHONS = re.search(r"^PYTHONS := (.+)$", MAKEFILE, re.M)[1]
+
+
+def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
+    """What `make` prints where PATH has these Pythons alone, which say that they are this old."""
+    for name, version in pythons.items():
+        numbers = tuple(map(int, version.split(".")))
+        lie = f"import sys; sys.version_info = {numbers}; exec(sys.argv[1])"
+        answer = f'[ "$1" = --version ] && echo Python {version}'
+        (folder / name).write_text(
+            f"#!/bin/sh\n{answer} || exec {sys.executable} -c '{lie}' \"$2\"\n"
+        )
+        (folder / name).chmod(0o755)
+    command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory"]
+    environment = {"PATH": str(folder)}
+    run = subprocess.run([*command, *arguments], env=environment, stdout=-1, stderr=-2, text=True)
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"python3": "3.11.7", "python3.13": "3.13.0"}, "python3"),
+        ({"python3": "3.9.18", "python3.10": "3.10.13", "python3.12": "3.12.1"}, "python3.12"),
+        ({"python3": "3.15.0", "python3.9": "3.9.18", "python3.14": "3.14.0"}, "python3.14"),
+        ({"python3.10": "3.10.13"}, "python3.10"),
+    ],
+)
+def test_make_finds_a_python(tmp_path, pythons, chosen):
+    assert f"\n{chosen} -m venv backend/.venv\n" in make_on(tmp_path, pythons, "--dry-run", "venv")
+    pythons = {**pythons, "python3.11": "3.11.7"}
+    named = make_on(tmp_path, pythons, "--dry-run", "venv", "PYTHON=python3.11")
+    assert "\npython3.11 -m venv" in named
+
+
+@pytest.mark.parametrize(
+    ("pythons", "arguments", "says"),
+    [
+        ({"python3": "3.9.18"}, [], "python3 is Python 3.9.18"),
+        ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"], "python3.9 is Python"),
+        ({}, [], "python3 is missing"),
+    ],
+)
+def test_make_finds_no_python(tmp_path, pythons, arguments, says):
+    (line,) = make_on(tmp_path, pythons, "venv", f"VENV={tmp_path}/venv", *arguments).splitlines()
+    for part in (says, f"supported are Python {PYTHONS}: make PYTHON=", "uv run"):
+        assert part in line
+
+
+def test_make_help_lists_the_targets():
+    output = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True).stdout
+    for target in re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split():
+        assert re.search(rf"^{target}\b", output, re.M) or target == "postgres", output
+
+
+# ---- Versions -------------------------------------------------------------------
+
+
+def versions(name: str) -> dict[str, str]:
+    lines = [line.partition(" ;")[0] for line in (ROOT / name).read_text().splitlines()]
+    pairs = [re.match(r"([\w.-]+)(?:\[\w+\])?==(.+)$", line).groups() for line in lines]
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def test_requirements_and_constraints_agree():
+    constraints = versions("backend/constraints.txt")
+    wanted = versions("backend/requirements.txt") | versions("tests/requirements.txt")
+    assert wanted.items() <= constraints.items()
+    assert constraints.keys() >= {"openai", "pydantic", "starlette", "anyio"}
+
+
+def test_the_file_carries_its_requirements():
+    """As inline script metadata, for the Pythons of the Makefile: peps.python.org/pep-0723."""
+    code = (ROOT / "backend" / "main.py").read_text()
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", code)[1]
+    listed = re.findall(r'^#     "(.+)",$', block, re.M)
+    assert listed == (ROOT / "backend" / "requirements.txt").read_text().split()
+    newest, *_, oldest = PYTHONS.split()
+    major, minor = newest.split(".")
+    assert f'requires-python = ">={oldest},<{major}.{int(minor) + 1}"' in block
+
+
+def test_the_requirements_satisfy_the_template():
+    wanted = versions("backend/requirements.txt")
+    numbers = {name: tuple(map(int, number.split("."))) for name, number in wanted.items()}
+    assert numbers.pop("openai-chatkit") <= (1, 4, 0)
+    assert numbers.pop("openai-agents") >= (0, 6, 2) and numbers.pop("litellm")
+    template = {"fastapi": (0, 115, 6), "uvicorn": (0, 32, 1), "python-dotenv": (1, 0, 1)}
+    assert numbers == template
