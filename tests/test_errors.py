@@ -447,3 +447,10 @@ def test_a_model_of_the_responses_api(servers, provider):
         assert provider.requests[0].path.endswith("/openai/responses")
     else:
         assert "ImportError" in server.wait_for("The server's log has the reason")
+
+
+def test_a_filter_after_a_text_forgets_nothing(chat, provider):
+    provider.script["tell me"] = [[Text("Once upon "), Finish("filter")]]
+    assert error_of(chat.say("tell me")).message
+    chat.say("and on")
+    assert "tell me" in str(provider.requests[-1].messages)
