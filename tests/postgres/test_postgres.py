@@ -280,7 +280,7 @@ def test_a_worker_is_killed(server, provider, chat):
     assert {worker(Chat(server.url)) for _ in range(100)} == {*started} - {killed}
 
 
-async def test_another_worker_deletes_a_thread(server, provider, chat):
+async def test_another_worker_deletes_a_thread(server, provider, chat, main):
     """It does so while a reply streams into the thread.
 
     The stream ends with one error event, and nothing is stored.
@@ -295,7 +295,7 @@ async def test_another_worker_deletes_a_thread(server, provider, chat):
         other.get("threads.delete", thread_id=chat.thread_id)
         silence.end.set()
         error = error_of(await reading.end())
-    assert (error.code, error.message) == ("custom", f"Thread {chat.thread_id} not found")
+    assert (error.code, error.message) == ("custom", main.DELETED)
     assert provider.requests[-1].closed.wait(1)
     for one in (chat, other):
         assert chat.thread_id not in one.http.get("/debug/threads").json()
