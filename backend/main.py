@@ -1613,10 +1613,12 @@ def with_joined_texts(item: Any) -> Any:
         return item
     parts: list[Any] = []
     for part in parts_of(item[place]):
-        text = part.get("text")
-        if text and parts and "text" in parts[-1]:
+        text = part.get("text", "no text")
+        if not text.strip():
+            continue
+        if "text" in part and parts and "text" in parts[-1]:
             parts[-1] = {**parts[-1], "text": f"{parts[-1]['text']}\n\n{text}"}
-        elif text is None or text.strip():
+        else:
             parts.append(part)
     if item.get("role") == "assistant":
         parts = [{**part, "type": "output_text"} if "text" in part else part for part in parts]
