@@ -102,6 +102,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
+from zlib import crc32
 
 import anyio
 import litellm
@@ -121,7 +122,6 @@ from agents import (
     exceptions,
 )
 from agents.extensions.models.litellm_model import LitellmModel
-from agents.items import TResponseStreamEvent
 from agents.models import get_default_model_settings
 from agents.models.fake_id import FAKE_RESPONSES_ID
 from agents.models.reasoning_content_replay import ReasoningContentReplayContext
@@ -169,10 +169,7 @@ from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
 )
-from openai.types.responses import (
-    ResponseInputTextParam,
-    ResponseReasoningSummaryTextDoneEvent,
-)
+from openai.types.responses import ResponseInputTextParam
 from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
@@ -210,13 +207,13 @@ def parse_tokens(text: str) -> dict[str, str]:
     """Return {token: user} for "user:token,user:token". Any other text stops the start."""
     tokens: dict[str, str] = {}
     for entry in text.split(",") if text else []:
-        user, _, token = [part.strip() for part in entry.partition(":")]
-        fits_a_header = re.fullmatch("[!-9;-~]+", token)  # printable ASCII without a colon
-        if not user or not fits_a_header or token in tokens:
+        # A token is printable ASCII without a colon, so that it fits into a header.
+        match = re.fullmatch(r"\s*([^:]*[^:\s])\s*:\s*([!-9;-~]+)\s*", entry)
+        if match is None or match[2] in tokens:
             raise SystemExit(
                 "CHATKIT_TOKENS is not of the form user:token,user:token, each token once, in ASCII"
             )
-        tokens[token] = user
+        tokens[match[2]] = match[1]
     return tokens
 
 
@@ -384,14 +381,9 @@ def litellm_name(provider: str, model: str) -> str:
             " Any other of LiteLLM's providers needs MODEL, too."
         )
     prefix = "openai" if provider == "mock" else provider
-    bare = model.removeprefix(prefix + "/")
-    # Some ids begin like a prefix and are meant as they are: vLLM's "openai/gpt-oss-20b", and
-    # OpenRouter's own models, as "openrouter/auto".
-    if (prefix == "openai" and address_variable("openai")) or (
-        prefix == "openrouter" and "/" not in bare
-    ):
-        bare = model
-    return f"{prefix}/{bare}"
+    # A server of your own may have models whose ids begin like this: vLLM's "openai/gpt-oss-20b".
+    is_whole = prefix == "openai" and address_variable("openai")
+    return f"{prefix}/{model if is_whole else model.removeprefix(prefix + '/')}"
 
 
 def address_variable(provider: str) -> str:
@@ -610,9 +602,8 @@ def is_worth_a_retry(context: RetryPolicyContext) -> RetryDecision:
 
 
 def replays_reasoning(context: ReasoningContentReplayContext) -> bool:
-    """Return whether a model is told this reasoning: only its own, and only if it needs it."""
-    is_own = context.reasoning.origin_model in (None, context.model)
-    return is_own and needs_reasoning(context.model)
+    """Return whether a model is told its reasoning. That of others is left out by `model_input`."""
+    return needs_reasoning(context.model)
 
 
 def needs_reasoning(model: str) -> bool:
@@ -694,24 +685,6 @@ class ProviderModel(LitellmModel):
         response, chunks = fetched
         return response, checked_chunks(self, chunks)
 
-    async def stream_response(
-        self, *args: Any, **kwargs: Any
-    ) -> AsyncIterator[TResponseStreamEvent]:
-        """Stream the reply, with one more event at the end of each thought.
-
-        chatkit begins the next thought after it: without it, the thoughts before and after a tool
-        are run together. OpenAI's own models send it; openai-agents' conversion of chat completions
-        does not.
-        """
-        async for event in super().stream_response(*args, **kwargs):
-            if event.type == "response.reasoning_summary_part.done":
-                yield ResponseReasoningSummaryTextDoneEvent(
-                    type="response.reasoning_summary_text.done",
-                    text=event.part.text,
-                    **event.model_dump(exclude={"type", "part"}),
-                )
-            yield event
-
 
 async def checked_chunks(
     model: ProviderModel, stream: litellm.CustomStreamWrapper
@@ -740,9 +713,8 @@ async def checked_chunks(
             if chunk is None:
                 break
             if not litellm.success_callback and not litellm.callbacks:
-                # LiteLLM keeps every chunk for callbacks, 5 to 8 KB each. It needs only the first,
-                # which may hold the tokens of the input, and the last two.
-                del stream.chunks[1:-2]
+                # LiteLLM keeps every chunk for these, 5 to 8 KB each. It needs the last two.
+                del stream.chunks[:-2]
             for choice in chunk.choices:
                 repair_delta(choice.delta, numbers)
                 answered = answered or bool(choice.delta.content or choice.delta.tool_calls)
@@ -772,7 +744,7 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> N
     LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
     reason for their end.
     """
-    reason = stream.received_finish_reason or stream.intermittent_finish_reason
+    reason = stream.received_finish_reason
     if reason:
         reason = core_helpers.map_finish_reason(reason)
     if reason == "content_filter":
@@ -1182,9 +1154,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(is_overridden(self, "action"), f"{kind} is not supported.")
                 if params.item_id:  # an action may be about no item
                     await self.check_item(params, "widget", context)
-            case "items.feedback":
-                for item_id in params.item_ids:
-                    await self.store.load_item(params.thread_id, item_id, context)
             case "attachments.create" | "attachments.delete":
                 require(self.attachment_store, "Attachments are not configured.")
                 if kind == "attachments.delete":
@@ -1543,13 +1512,7 @@ class Converter(ThreadItemConverter):
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # A user's text cannot hold chatkit's tags of hidden items.
         text = item.model_dump_json().replace("HiddenContext>", "HiddenContext >")
-        item = UserMessageItem.model_validate_json(text)
-        ids: dict[str, str] = {}
-        for part in item.content:
-            # chatkit tells only the first of two tags with the same text.
-            if part.type == "input_tag" and ids.setdefault(part.text, part.id) != part.id:
-                part.text += f" ({part.id})"
-        return await super().user_message_to_input(item)
+        return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
     async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
         text = f"{tag.text}: {as_json({**tag.data, 'id': tag.id})}"
@@ -1570,65 +1533,58 @@ def model_input(items: str | list[Any], model: str) -> list[Any]:
     after a tool's output, some servers a list where a text would do, most an empty text, and some
     a tool call without reasoning, as another model's is for them.
     """
-    told: list[Any] = [{}]
-    ids: dict[str, str] = {}
-    has_reasoning = not needs_reasoning(model)
-    for number, item in enumerate(ItemHelpers.input_to_new_input_list(items)):
-        message = with_joined_texts(item)
-        role, kind = message.get("role"), message.get("type")
-        if role and not message["content"]:
+    told: list[Any] = []
+    for item in ItemHelpers.input_to_new_input_list(items):
+        message = simplified(item)
+        role = message.get("role")
+        is_own = message.get("provider_data", {}).get("model", model) == model
+        if (role and not message["content"]) or (message.get("type") == "reasoning" and not is_own):
             continue
-        if kind == "reasoning" and message.get("provider_data", {}).get("model", model) == model:
-            has_reasoning = True
-        elif kind == "function_call_output":
-            has_reasoning = not needs_reasoning(model)
-        elif kind == "function_call":
-            # A provider's id may be long, or the same in each turn. Mistral takes nine digits.
-            ids[message["call_id"]] = f"{number:09}"
-            if not has_reasoning:
-                told.append({"type": "reasoning", "summary": [{"text": "-"}]})
-                has_reasoning = True
-        if "call_id" in message:
-            message = {**message, "call_id": ids.get(message["call_id"], message["call_id"])}
-        if role == "user" and told[-1].get("type") == "reasoning":
+        while role == "user" and told and told[-1].get("type") == "reasoning":
             told.pop()  # the call that it belongs to was never answered
-        last = told[-1]
+        last = told[-1] if told else {}
+        after_output = last.get("type") == "function_call_output"
+        is_output = message.get("type") == "function_call_output"
+        begins_step = not is_output and (after_output or last.get("role") == "user")
         if role and role == last.get("role"):
-            parts = [*parts_of(last["content"]), *parts_of(message["content"])]
-            message = with_joined_texts({**told.pop(), "content": parts})
-        elif role == "user" and last.get("type") == "function_call_output":
+            parts = parts_of(last["content"]) + parts_of(message["content"])
+            message = simplified({**told.pop(), "content": parts})
+        elif role == "user" and after_output:
             told.append({"role": "assistant", "content": "The tool has given its output."})
+        elif begins_step and needs_reasoning(model):
+            # A step of the assistant begins. Reasoning of its own, if it has some, replaces this.
+            told.append({"type": "reasoning", "summary": [{"text": "-"}]})
         told.append(message)
-    return told[1:]
+    return told
 
 
-def with_joined_texts(item: Any) -> Any:
-    """Return a message or a tool's output with one text in place of neighbours, without blank ones.
+def simplified(item: Any) -> Any:
+    """Return the item without blank texts, as a string if it holds nothing but texts.
 
-    Where there is nothing else, it is a string. Not for the assistant: of parts, with an id,
-    openai-agents makes one message with the calls that follow, and keeps their reasoning.
+    Not for the assistant: of parts, with an id, openai-agents makes one message with the calls that
+    follow, and keeps their reasoning. Mistral takes ids of nine digits or letters.
     """
+    item = {**item}
+    if "call_id" in item:
+        item["call_id"] = f"{crc32(item['call_id'].encode()) % 10**9:09}"
     place = "content" if "role" in item else "output"
     if place not in item:
         return item
-    parts: list[Any] = []
-    for part in parts_of(item[place]):
-        text = part.get("text", "no text")
-        if not text.strip():
-            continue
-        if "text" in part and parts and "text" in parts[-1]:
-            parts[-1] = {**parts[-1], "text": f"{parts[-1]['text']}\n\n{text}"}
-        else:
-            parts.append(part)
+    parts = parts_of(item[place])
+    text = "\n\n".join(part["text"] for part in parts if part.get("text", "").strip())
+    others = [part for part in parts if "text" not in part]
     if item.get("role") == "assistant":
-        parts = [{**part, "type": "output_text"} if "text" in part else part for part in parts]
-        return {"type": "message", "id": "", **item, "content": parts}
-    is_text = not parts or (len(parts) == 1 and "text" in parts[0])
-    return {**item, place: "".join(part["text"] for part in parts) if is_text else parts}
+        content = [{"type": "output_text", "text": text}, *others] if text else others
+        return {"type": "message", "id": "", **item, "content": content}
+    item[place] = [*parts_of(text), *others] if others else text
+    return item
 
 
 def parts_of(content: Any) -> list[Any]:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+    """Return the parts of a message or a tool's output, which may be a string."""
+    if isinstance(content, str):
+        return [{"type": "input_text", "text": content}] if content else []
+    return list(content)
 
 
 def as_json(value: Any) -> str:

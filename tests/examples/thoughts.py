@@ -9,11 +9,34 @@ example MODEL=gpt-5. OpenAI keeps the thoughts to itself; servers with OpenAI's 
 them.
 """
 
+from typing import Any
+
 from agents import ModelSettings
+from openai.types.responses import ResponseReasoningSummaryTextDoneEvent
 from openai.types.shared import Reasoning
 
 import main
 
+
+class ThinkingModel(main.ProviderModel):
+    async def stream_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Stream the reply, with one more event at the end of each thought.
+
+        chatkit begins the next thought after it: without it, the thoughts before and after a tool
+        are run together. OpenAI's own models send it; openai-agents' conversion of chat completions
+        does not.
+        """
+        async for event in super().stream_response(*args, **kwargs):
+            if event.type == "response.reasoning_summary_part.done":
+                yield ResponseReasoningSummaryTextDoneEvent(
+                    type="response.reasoning_summary_text.done",
+                    text=event.part.text,
+                    **event.model_dump(exclude={"type", "part"}),
+                )
+            yield event
+
+
+main.server.agent.model = ThinkingModel(main.model.model, canned_reply=main.model.canned_reply)
 main.server.agent.model_settings = ModelSettings(reasoning=Reasoning(effort="low"))
 
 if __name__ == "__main__":
