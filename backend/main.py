@@ -95,13 +95,13 @@ import secrets
 import signal
 import time
 import warnings
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 from zlib import crc32
 
 import anyio
@@ -119,7 +119,17 @@ from agents import (
     Tool,
     TResponseInputItem,
     Usage,
-    exceptions,
+)
+from agents.exceptions import (
+    AgentsException,
+    InputGuardrailTripwireTriggered,
+    MaxTurnsExceeded,
+    ModelBehaviorError,
+    ModelRefusalError,
+    OutputGuardrailTripwireTriggered,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+    UserError,
 )
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.models import get_default_model_settings
@@ -165,6 +175,12 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from litellm.exceptions import (
+    AuthenticationError,
+    ContentPolicyViolationError,
+    ContextWindowExceededError,
+    UnsupportedParamsError,
+)
 from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
@@ -393,7 +409,7 @@ def address_variable(provider: str) -> str:
     return next((name for name in names if os.getenv(name)), "")
 
 
-class EmptyReply(exceptions.AgentsException):
+class EmptyReply(AgentsException):
     """A turn ended without a text, a tool call or anything else that the user can see."""
 
 
@@ -401,28 +417,29 @@ class LengthLimit(Exception):
     """The model's length limit ended the reply."""
 
 
-class ErrorKind(NamedTuple):
+@dataclass(frozen=True)
+class ErrorKind:
     """One kind of error: what the person in the chat reads of it, and how it is recognised.
 
     It fits if the class of a cause is listed. It also fits if the provider's HTTP status is, and if
-    the provider says one of the words, where there are any.
+    what the provider says matches the words, a regular expression.
     """
 
     message: str  # may name the {key}, the {model} and the {address}
     allow_retry: bool = False
     statuses: Container[int] = ()
     classes: tuple[type[Exception], ...] = ()
-    words: Sequence[str] = ()
+    words: str = ""
 
 
 # chatkit takes back a turn's messages for these.
 GUARDRAILS = (
-    exceptions.InputGuardrailTripwireTriggered,
-    exceptions.OutputGuardrailTripwireTriggered,
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
 )
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
-    classes=(litellm.exceptions.ContentPolicyViolationError, exceptions.ModelRefusalError),
+    classes=(ContentPolicyViolationError, ModelRefusalError),
 )
 RATE_LIMIT = ErrorKind(
     "The AI provider's rate limit is reached. Wait a moment and try again.",
@@ -447,8 +464,8 @@ CUT_OFF = ErrorKind(
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",
     classes=(
-        exceptions.UserError,
-        litellm.exceptions.UnsupportedParamsError,
+        UserError,
+        UnsupportedParamsError,
         ImportError,
         TypeError,
         AttributeError,
@@ -474,11 +491,12 @@ UNKNOWN_MODEL = (
 KEY_REFUSED = "The AI provider refused the key. Check {key}."
 TOO_LONG = "This conversation is too long. Start a new thread."
 NOT_UNDERSTOOD = "The AI provider's answer was not understood. Try again.{address}"
-NO_QUOTA = ["insufficient_quota", "credit balance is too low", "PerDay", "per day (", "per-day"]
-NO_QUOTA += ["limit: 0"]
-NO_MODEL = ["model_not_found", "invalid_model", "valid model", "Model Not Exist", "AccessDenied"]
-NO_MODEL += ["odel not found", "is not found for API", "No endpoints found for", '"model: ']
-NO_MODEL += ["` does not exist", "not found, try pulling", "' not found"]
+NO_QUOTA = r"insufficient_quota|credit balance is too low|PerDay|per day \(|per-day|limit: 0"
+NO_MODEL = (
+    "model_not_found|invalid_model|valid model|Model Not Exist|AccessDenied|odel not found"
+    '|is not found for API|No endpoints found for|"model: |LLM Provider NOT provided'
+    "|` does not exist|not found, try pulling|' not found"
+)
 CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=[402]),
     ErrorKind(USED_UP, statuses=range(400, 600), words=NO_QUOTA),
@@ -487,33 +505,33 @@ CHAT_ERRORS = [  # the first that fits is the one
         "The AI provider has no such endpoint. The server's log has the reason.{address}",
         statuses=[404, 405],
     ),
-    ErrorKind(KEY_REFUSED, statuses=[401], classes=(litellm.exceptions.AuthenticationError,)),
-    ErrorKind(KEY_REFUSED, statuses=[400], words=["API_KEY_INVALID", "API key not valid"]),
+    ErrorKind(KEY_REFUSED, statuses=[401], classes=(AuthenticationError,)),
+    ErrorKind(KEY_REFUSED, statuses=[400], words="API_KEY_INVALID|API key not valid"),
     ErrorKind(
         "The AI provider refused access. Check {key}. The server's log has the reason.",
         statuses=[403],
     ),
-    ErrorKind(TOO_LONG, classes=(litellm.exceptions.ContextWindowExceededError,)),
-    ErrorKind(TOO_LONG, statuses=[413, 429], words=["Request too large"]),
+    ErrorKind(TOO_LONG, classes=(ContextWindowExceededError,)),
+    ErrorKind(TOO_LONG, statuses=[413, 429], words="Request too large"),
     RATE_LIMIT,
     FILTERED,
     ErrorKind(
         "This server's rules do not allow this. Rephrase your message.",
         classes=(
             *GUARDRAILS,
-            exceptions.ToolInputGuardrailTripwireTriggered,
-            exceptions.ToolOutputGuardrailTripwireTriggered,
+            ToolInputGuardrailTripwireTriggered,
+            ToolOutputGuardrailTripwireTriggered,
         ),
     ),
     ErrorKind(
         "The model used tools again and again without an answer. Rephrase your message.",
-        classes=(exceptions.MaxTurnsExceeded,),
+        classes=(MaxTurnsExceeded,),
     ),
     TIMED_OUT,
     LONG_REPLY,
     CUT_OFF,
-    ErrorKind(NOT_UNDERSTOOD, True, classes=(exceptions.ModelBehaviorError, StopAsyncIteration)),
-    ErrorKind(NOT_UNDERSTOOD, True, [400], words=["tool_use_failed", "Got unexpected response"]),
+    ErrorKind(NOT_UNDERSTOOD, True, classes=(ModelBehaviorError, StopAsyncIteration)),
+    ErrorKind(NOT_UNDERSTOOD, True, [400], words="tool_use_failed|Got unexpected response"),
     ErrorKind("The AI provider's reply was empty. Try again.", True, classes=(EmptyReply,)),
     SETUP,
     UNAVAILABLE,
@@ -526,7 +544,8 @@ CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(NOT_UNDERSTOOD, True, classes=(ValueError, KeyError)),
 ]
 # After a part of the reply, whatever else the provider reports has cut it off.
-AFTER_TEXT = [FILTERED, TIMED_OUT, LONG_REPLY, SETUP]
+FILTERED_REPLY = replace(FILTERED, message=f"{FILTERED.message} The reply is not complete.")
+AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, LONG_REPLY, SETUP]
 
 
 class ChatError(CustomStreamError):
@@ -535,20 +554,16 @@ class ChatError(CustomStreamError):
     # Otherwise openai-agents raises an error before it has passed on the deltas that preceded it.
     _agents_drain_queued_stream_events = True
 
-    def __init__(
-        self, kind: ErrorKind, model: ProviderModel, cause: Any = None, after_text: bool = False
-    ) -> None:
+    def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
         message = kind.message.format(key=model.key_name, model=model.model, address=model.hint)
         super().__init__(message, allow_retry=kind.allow_retry)
         self.kind = kind
         self.__cause__ = cause
-        # Whether the provider refused the message for what it holds.
-        self.refuses_message = kind in (FILTERED, REFUSED_MESSAGE) and not after_text
 
 
 def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = False) -> Exception:
     """Return a ChatError of the first of CHAT_ERRORS that fits, or the error itself."""
-    is_bug_of_a_tool = isinstance(error, exceptions.UserError) and error.__cause__
+    is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
     if isinstance(error, CustomStreamError) or is_bug_of_a_tool:
         return error
     causes: list[BaseException] = [error]
@@ -561,11 +576,10 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
         if inner and inner not in causes:
             causes.append(inner)
     for kind in AFTER_TEXT if after_text else CHAT_ERRORS:
-        says_so = not kind.words or any(word in said for word in kind.words)
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
-        if has_class or (status in kind.statuses and says_so):
-            return ChatError(kind, model, error, after_text)
-    return ChatError(CUT_OFF, model, error, after_text) if after_text else error
+        if has_class or (status in kind.statuses and re.search(kind.words, said)):
+            return ChatError(kind, model, error)
+    return ChatError(CUT_OFF, model, error) if after_text else error
 
 
 def log_error(error: Exception) -> None:
@@ -578,19 +592,23 @@ def log_error(error: Exception) -> None:
         logger.error("%s%s", error.message, cause)
 
 
+SECRET_NAMES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+
+
 def described(error: BaseException) -> str:
     """Return the error's class, status, code and 300 characters of its message, on one line.
 
     Some providers repeat the key: asterisks take its place.
     """
     text = str(error)
-    secret_names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
-    secrets = [value for name, value in os.environ.items() if name.endswith(secret_names)]
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
-        if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
-            text = text.replace(secret, "***")
-    facts = [type(error).__name__, getattr(error, "status_code", ""), getattr(error, "code", "")]
-    return f"{' '.join(str(fact) for fact in facts if fact)}: {text!r:.300}"
+    longest_first = sorted(os.environ, key=lambda name: -len(os.environ[name]))
+    for name in longest_first:  # one secret may be a part of another
+        # What is shorter than 8 characters is no secret, but may be a part of many words.
+        if name.endswith(SECRET_NAMES) and len(os.environ[name]) >= 8:
+            text = text.replace(os.environ[name], "***")
+    status, code = getattr(error, "status_code", ""), getattr(error, "code", "")
+    facts = f"{type(error).__name__} {status or ''} {code or ''}".split()
+    return f"{' '.join(facts)}: {text!r:.300}"
 
 
 def is_worth_a_retry(context: RetryPolicyContext) -> RetryDecision:
@@ -632,7 +650,7 @@ class ProviderModel(LitellmModel):
         self.hint = f" Check {address}." if address else ""
         key = f"{self.provider.upper()}_API_KEY"
         missing: list[str] = litellm.validate_environment(model)["missing_keys"]
-        is_named = key in missing or key in os.environ
+        is_named = key in [*missing, *os.environ]
         self.key_name = key if is_named else f"the credentials for {self.provider}"
         self.missing_keys = [] if api_key or canned_reply or address else missing
         self.settings = ModelSettings(
@@ -748,29 +766,27 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> N
     if reason:
         reason = core_helpers.map_finish_reason(reason)
     if reason == "content_filter":
-        raise litellm.exceptions.ContentPolicyViolationError(reason, model.model, model.provider)
+        raise ContentPolicyViolationError(reason, model.model, model.provider)
     if reason == "length" and answered:
         raise LengthLimit(reason)
     if model.canned_reply or (reason and reason != FAILED_END):
         return
     if answered:
         raise ConnectionResetError("the stream ended before the reply did")
-    raise exceptions.ModelBehaviorError(body)
+    raise ModelBehaviorError(body)
 
 
 class ProviderModels(ModelProvider):
     """What openai-agents asks for the model of each agent that has no Model object of its own.
 
     So second agents (hand-offs, one for titles) go through LiteLLM like the first. An agent without
-    a model gets the default model; a name is "provider/model", or a model of PROVIDER.
+    a model gets the default model; a name with a slash is LiteLLM's, others are models of PROVIDER.
     """
 
     def get_model(self, model_name: str | None) -> ProviderModel:
         if model_name is None:
             return model
-        provider, slash, _ = model_name.partition("/")
-        is_whole = slash and provider in litellm.provider_list
-        return make_model(model_name if is_whole else litellm_name(PROVIDER, model_name))
+        return make_model(model_name if "/" in model_name else litellm_name(PROVIDER, model_name))
 
 
 def make_model(name: str) -> ProviderModel:
@@ -994,8 +1010,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         events = stream_agent_response(agent_context, memory.run)
         events = with_unique_ids(events, agent_context)
         events = with_reply(events, turn)
-        events = with_unfinished_items(events, turn)
-        events = with_tool_memory(events, memory)
+        events = with_everything_stored(events, turn, memory)
         events = with_chat_errors(events, turn, memory)
         async for event in events:
             yield event
@@ -1067,8 +1082,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         thread_id: str | None = getattr(parsed.params, "thread_id", None)
         if thread_id:
             await self.settle_turns(parsed, thread_id)
-        if thread_id and parsed.type == "threads.add_client_tool_output":
-            await self.put_tool_call_last(thread_id, context)
+        if parsed.type == "threads.add_client_tool_output":
+            await self.put_tool_call_last(parsed.params.thread_id, context)
 
         # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
         try:
@@ -1112,10 +1127,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         is_pending = calls and calls[0].status == "pending"
         require(is_pending, "No client tool call is pending in this thread.")
         place = items.index(calls[0])
-        moved = [item for item in items[place + 1 : place + 2] if ours(item, REMEMBERED_CALL)]
-        for item in [*moved, calls[0]] if place else []:
-            await self.store.delete_thread_item(thread_id, item.id, context)
-            await self.store.add_thread_item(thread_id, item, context)
+        for item in items[place + 1 : place - 1 : -1] if place else []:
+            if item is calls[0] or ours(item, REMEMBERED_CALL):
+                await self.store.delete_thread_item(thread_id, item.id, context)
+                await self.store.add_thread_item(thread_id, item, context)
 
     def turns_of(self, thread_id: str) -> list[Turn]:
         return [turn for turn in self.turns if turn.thread_id == thread_id]
@@ -1148,12 +1163,14 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_attachment(attachment_id, context)
                 self.check_options(message.inference_options)
             case "threads.retry_after_item":
-                message = await self.check_item(params, "user_message", context)
-                self.check_options(message.inference_options)
+                item: Any = await self.store.load_item(params.thread_id, params.item_id, context)
+                require(item.type == "user_message", f"Item {item.id} is not a user_message.")
+                self.check_options(item.inference_options)
             case "threads.custom_action":
                 require(is_overridden(self, "action"), f"{kind} is not supported.")
                 if params.item_id:  # an action may be about no item
-                    await self.check_item(params, "widget", context)
+                    item = await self.store.load_item(params.thread_id, params.item_id, context)
+                    require(item.type == "widget", f"Item {item.id} is not a widget.")
             case "attachments.create" | "attachments.delete":
                 require(self.attachment_store, "Attachments are not configured.")
                 if kind == "attachments.delete":
@@ -1164,11 +1181,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         chosen = options.model or (options.tool_choice and options.tool_choice.id)
         has_hook = is_overridden(self, "agent_for") or is_overridden(self, "run_config_for")
         require(has_hook or not chosen, f"{chosen!s:.100} is not offered.")
-
-    async def check_item(self, params: Any, item_type: str, context: Context) -> Any:
-        item = await self.store.load_item(params.thread_id, params.item_id, context)
-        require(item.type == item_type, f"Item {params.item_id} is not a {item_type}.")
-        return item
 
 
 # ---- Checks of a request
@@ -1263,87 +1275,71 @@ async def with_reply(events: Events, turn: Turn) -> Events:
     """Raise EmptyReply if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
-        match event:
-            case ThreadItemDoneEvent(item=AssistantMessageItem(content=parts)):
-                answered = answered or any(part.text.strip() for part in parts)
-            case ThreadItemDoneEvent(item=WorkflowItem(workflow=workflow)):
-                answered = answered or workflow.type != "reasoning"
-            case ThreadItemDoneEvent(item=item):
-                answered = answered or "hidden" not in item.type
-            case ThreadItemReplacedEvent() | ClientEffectEvent() | NoticeEvent():
-                answered = True
+        answered = answered or is_answer(event)
         yield event
     if not answered and not turn.stopped:
         raise EmptyReply
 
 
-async def with_unfinished_items(events: Events, turn: Turn) -> Events:
-    """Complete the items that an error or a stop leaves unfinished.
+def is_answer(event: ThreadStreamEvent) -> bool:
+    match event:
+        case ThreadItemDoneEvent(item=AssistantMessageItem(content=parts)):
+            return any(part.text.strip() for part in parts)
+        case ThreadItemDoneEvent(item=WorkflowItem(workflow=workflow)):
+            return workflow.type != "reasoning"
+        case ThreadItemDoneEvent(item=item):
+            return "hidden" not in item.type
+    return isinstance(event, ThreadItemReplacedEvent | ClientEffectEvent | NoticeEvent)
 
-    chatkit stores an item when it is done, so what was streamed of these would be lost.
+
+async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory) -> Events:
+    """Add the tool calls between the messages, and complete what an error or a stop leaves.
+
+    chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
     unfinished: dict[str, ThreadItem] = {}  # by id
+    messages = 0
     failure: Exception | None = None
     try:
         async for event in events:
             if turn.stopped:  # nobody sees this event, so it must not be stored
                 continue
-            if event.type == "thread.item.updated":
-                item = unfinished.get(event.item_id)
-                if item and item.type == "assistant_message":
-                    extend_message(item, event.update)
-            elif event.type == "thread.item.added":
-                unfinished[event.item.id] = event.item
-            elif event.type in ("thread.item.done", "thread.item.replaced"):
-                unfinished.pop(event.item.id, None)
-            elif event.type == "thread.item.removed":
-                unfinished.pop(event.item_id, None)
-            yield event
-    except Exception as error:
-        failure = error
-    for item in unfinished.values() if failure or turn.stopped else []:
-        yield ThreadItemDoneEvent(item=item)
-    if failure:
-        raise failure
-
-
-def extend_message(message: AssistantMessageItem, update: ThreadItemUpdate) -> None:
-    """Apply an update to a streamed message, as the client does."""
-    match update:
-        case AssistantMessageContentPartAdded(content=part):
-            message.content.append(part)
-        case AssistantMessageContentPartTextDelta(delta=text):
-            message.content[-1].text += text
-        case AssistantMessageContentPartAnnotationAdded(annotation=annotation):
-            message.content[-1].annotations.append(annotation)
-
-
-async def with_tool_memory(events: Events, memory: ToolMemory) -> Events:
-    """Store the tool calls in their places between the messages, also before an error or a stop."""
-    messages = 0
-    failure: Exception | None = None
-    try:
-        async for event in events:
             match event:
-                case ThreadItemAddedEvent(item=AssistantMessageItem()):
-                    for item in memory.items_after(messages):
-                        yield ThreadItemDoneEvent(item=item)
-                    messages += 1
-                case ThreadItemDoneEvent(item=ClientToolCallItem()):
-                    for item in memory.items_after(messages):
-                        yield ThreadItemDoneEvent(item=item)
+                case ThreadItemAddedEvent(item=item):
+                    unfinished[item.id] = item
+                    if item.type == "assistant_message":
+                        for calls in memory.items_after(messages):
+                            yield ThreadItemDoneEvent(item=calls)
+                        messages += 1
+                case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
+                    extend_item(unfinished[id], update)
+                case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
+                    unfinished.pop(item.id, None)
+                case ThreadItemRemovedEvent(item_id=id):
+                    unfinished.pop(id, None)
             yield event
-    except GUARDRAILS:  # the turn is taken back. The client never heard of these items.
+    except GUARDRAILS:  # the turn is taken back. The client never heard of the tool calls.
         context = memory.context
         for id in memory.stored:
             await context.store.delete_thread_item(context.thread.id, id, context.request_context)
         raise
     except Exception as error:
         failure = error
-    for item in memory.items_after(memory.messages):
+    for item in [*unfinished.values(), *memory.items_after(memory.messages)]:
         yield ThreadItemDoneEvent(item=item)
     if failure:
         raise failure
+
+
+def extend_item(item: Any, update: ThreadItemUpdate) -> None:
+    """Apply an update to a streamed message, as the client does."""
+    match update:
+        case AssistantMessageContentPartAdded(content=part):
+            item.content.append(part)
+        case AssistantMessageContentPartTextDelta(delta=text):
+            item.content[-1].text += text
+        case AssistantMessageContentPartAnnotationAdded(annotation=annotation):
+            item.content[-1].annotations.append(annotation)
 
 
 async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Events:
@@ -1351,10 +1347,11 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
     try:
         async for event in events:
             yield event
-    except (CustomStreamError, exceptions.AgentsException) as error:
+    except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
         log_error(known)
-        if getattr(known, "refuses_message", False):  # later turns leave out what it was about
+        if getattr(known, "kind", None) in (FILTERED, REFUSED_MESSAGE):
+            # Later turns leave out what it was about.
             refused = memory.hidden_item(REFUSED_ITEMS, [turn.question, *memory.stored])
             yield ThreadItemDoneEvent(item=refused)
         raise known from known.__cause__
@@ -1600,9 +1597,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     repair_libraries()
     # The garbage collector need not look at what the imports made. This saves 5 % of the CPU time.
     gc.freeze()
-    logger.info("PROVIDER=%s, model %s. The chat is at /chatkit", PROVIDER, model.model)
     file = ENV_FILE if ENV_FILE.is_file() else "no .env"
-    logger.info("Settings from the environment and %s", file)
+    logger.info("PROVIDER=%s, model %s, %s. The chat is at /chatkit", PROVIDER, model.model, file)
     if model.missing_keys:
         missing = " or ".join(model.missing_keys)
         logger.warning("LiteLLM misses %s. PROVIDER=mock needs no key.", missing)
@@ -1723,6 +1719,13 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+def debug_item(item: ThreadItem) -> dict[str, Any]:
+    item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
+    if item.type in ("user_message", "assistant_message") and item.content:
+        item_data["content"] = [part.text for part in item.content]
+    return item_data
+
+
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
 async def debug_threads(context: RequestContext) -> dict[str, Any]:
@@ -1731,12 +1734,8 @@ async def debug_threads(context: RequestContext) -> dict[str, Any]:
     while page.has_more:
         page = await server.store.load_threads(MAX_PAGE, page.after, "asc", context)
         for thread in page.data:
-            items = []
-            async for item in server._paginate_thread_items_reverse(thread.id, context):
-                item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
-                if item.type in ("user_message", "assistant_message") and item.content:
-                    item_data["content"] = [part.text for part in item.content]
-                items.append(item_data)
+            pages = server._paginate_thread_items_reverse(thread.id, context)
+            items = [debug_item(item) async for item in pages]
             result[thread.id] = {"items": items[::-1], "count": len(items)}
     return result
 

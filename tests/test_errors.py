@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from agents import ModelSettings, ModelTracing
+from agents import ModelSettings, ModelTracing, exceptions
 
 from client import Chat, done, error_of, load_main, say_at_once, text_of
 from conftest import PROVIDERS
@@ -38,7 +38,7 @@ from provider import (
 
 # server: the format of its provider. LiteLLM reads each with code of its own; that for vLLM serves
 # many others, too.
-OLLAMA, OPENROUTER = "ollama_chat/llama3.2", "openrouter/openrouter/auto"
+OLLAMA, OPENROUTER = "ollama_chat/llama3.2", "openrouter/qwen/qwen3-235b"
 GROQ = "groq/llama-3.3-70b-versatile"
 FORMATS = {
     "gemini": Gemini,
@@ -116,7 +116,7 @@ CASES = {
     "the prompt is filtered": Case([Finish("prompt")], "FILTERED"),
     "filtered at once": Case([Finish("filter")], "FILTERED"),
     # ---- The reply does not end well
-    "filtered": Case([*HALVES, Finish("filter")], "FILTERED", kept="The first half"),
+    "filtered": Case([*HALVES, Finish("filter")], "FILTERED_REPLY", kept="The first half"),
     "the length limit": Case([*HALVES, Finish("length")], "LONG_REPLY", ALL, "The first half"),
     "dropped": cut([*HALVES, Cut()], tuple(PROVIDERS)),
     "an error": cut(lambda wire: [*HALVES, error_of_wire(wire)], ALL),
@@ -147,10 +147,10 @@ CASES = {
 
 def message_of(main, name: str) -> str:
     """The text of an error: by the name of its row or its text, by a class, or by a status."""
-    value = getattr(main, name, getattr(main.exceptions, name, name))
+    value = getattr(main, name, getattr(exceptions, name, name))
     return next(
         kind.message
-        for kind in main.CHAT_ERRORS
+        for kind in [*main.CHAT_ERRORS, *main.AFTER_TEXT]
         if value in (kind, kind.message, *kind.classes)
         or (name.isdigit() and int(name) in kind.statuses and not kind.words)
     )
@@ -427,7 +427,7 @@ def test_tokens_that_the_provider_does_not_report(servers, provider, wire):
 
 @pytest.mark.parametrize(
     ("server", "model"),
-    [("openai/openai/gpt-oss-20b", "openai/gpt-oss-20b"), (OPENROUTER, "openrouter/auto")],
+    [("openai/openai/gpt-oss-20b", "openai/gpt-oss-20b"), (OPENROUTER, "qwen/qwen3-235b")],
 )
 def test_an_id_that_begins_like_a_prefix(servers, provider, server, model):
     """The key comes from a file: it ends with a line break, which no header may hold."""

@@ -388,20 +388,20 @@ def test_a_message_that_is_only_a_quote(chat, provider):
 
 @one_provider
 def test_each_tag_is_told(chat, provider):
-    """Also two of one title, between white space, and with ids in their data; no script escaped."""
+    """Between white space, and with an id in its data; no script is escaped."""
     tags = [
-        {"type": "input_tag", "id": id, "text": "Bericht", "data": data}
-        for id, data in [("doc_1", {"ort": "Köln"}), ("doc_2", {"ort": "東京", "id": "forged"})]
+        {"type": "input_tag", "id": f"doc_{title}", "text": title, "data": data}
+        for title, data in [("Bericht", {"ort": "Köln"}), ("Plan", {"ort": "東京", "id": "forged"})]
     ]
     content = [{"type": "input_text", "text": " \n "}, *tags, {"type": "input_text", "text": " "}]
     events = list(chat.stream("threads.create", input=message("") | {"content": content}))
     assert "error" not in [event.type for event in events]
     ((role, text),) = told(provider)
     first, *_, one, two = text.split("\n\n")
-    assert (role, first) == ("user", " \n @Bericht@Bericht (doc_2) ")
-    assert one.startswith("Bericht: {") and '"ort": "Köln"' in one and '"id": "doc_1"' in one
-    assert two.startswith("Bericht (doc_2): {") and '"ort": "東京"' in two
-    assert '"id": "doc_2"' in two and "forged" not in two
+    assert (role, first) == ("user", " \n @Bericht@Plan ")
+    assert one.startswith("Bericht: {") and '"ort": "Köln"' in one and '"id": "doc_Bericht"' in one
+    assert two.startswith("Plan: {") and '"ort": "東京"' in two
+    assert '"id": "doc_Plan"' in two and "forged" not in two
 
 
 def hide(chat: Chat, content) -> None:

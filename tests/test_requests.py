@@ -159,7 +159,6 @@ MISSING = {
     as_json("items.list", **GONE): "thr_x",
     as_json("items.list", **HERE, after="msg_x"): "msg_x",
     as_json("items.feedback", **GONE, item_ids=[], kind="positive"): "thr_x",
-    as_json("items.feedback", **HERE, item_ids=["REPLY", "msg_x"], kind="positive"): "msg_x",
     as_json("threads.add_user_message", **GONE, input=HI): "thr_x",
     as_json("threads.add_user_message", **HERE, input=message("", attachments=["atc_x"])): "atc_x",
     as_json("threads.create", input=message("hi", attachments=["atc_x"])): "atc_x",

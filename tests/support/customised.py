@@ -34,6 +34,7 @@ from mcp.types import Tool as MCPTool
 
 import main
 from sqlite_store import SQLiteStore
+from thoughts import ThinkingModel
 
 Context = RunContextWrapper[AgentContext]
 for name in ("SILENCE_SECONDS", "STOP_SECONDS"):
@@ -259,6 +260,7 @@ agent.mcp_servers = [Almanac()]
 agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "ask_page"])
 agent.output_guardrails = [no_secrets]
 agent.hooks = Hooks()
+agent.model = ThinkingModel(main.model.model)
 agent.model_settings = main.ModelSettings(max_tokens=1_000)  # nothing else may get lost
 main.server.forgotten_tools.add("password")
 
