@@ -92,7 +92,6 @@ import json
 import logging
 import re
 import secrets
-import signal
 import time
 import warnings
 from collections.abc import AsyncIterator, Container
@@ -101,7 +100,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar
 from zlib import crc32
 
 import anyio
@@ -248,10 +247,9 @@ logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
 Context = dict[str, Any]  # {} or {"user_id": ...}; see request_context
 ChatContext = AgentContext[Context]
-Stored = TypeVar("Stored", ThreadMetadata, ThreadItem, Attachment)
 
 
-class Table(Generic[Stored]):
+class Table:
     """Rows in the order in which they were added, as JSON: callers share no object with the store.
 
     Each has an owner: its user, or the thread of an item. Raises NotFoundError for an unknown id.
@@ -259,22 +257,23 @@ class Table(Generic[Stored]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.rows: dict[str, dict[str, tuple[type[Stored], str]]] = {}  # by owner, by id
+        self.rows: dict[str, dict[str, tuple[Any, str]]] = {}  # by owner, by id: class and JSON
 
-    def load(self, owner: str, id: str) -> Stored:
-        row = self.rows.get(owner, {}).get(id)
-        if row is None:
+    def load(self, owner: str, id: str) -> Any:
+        rows = self.rows.get(owner, {})
+        if id not in rows:
             raise NotFoundError(f"{self.kind} {id} not found")
-        return row[0].model_validate_json(row[1])
+        kind, text = rows[id]
+        return kind.model_validate_json(text)
 
-    def save(self, owner: str, value: Stored) -> None:
+    def save(self, owner: str, value: Any) -> None:
         """Add the object, or replace the one with its id in place."""
         self.rows.setdefault(owner, {})[value.id] = (type(value), value.model_dump_json())
 
     def delete(self, owner: str, id: str) -> None:
         self.rows.get(owner, {}).pop(id, None)
 
-    async def page(self, owner: str, after: str | None, limit: int, order: str) -> Page[Stored]:
+    async def page(self, owner: str, after: str | None, limit: int, order: str) -> Page[Any]:
         """Return at most `limit` rows after that id."""
         await asyncio.sleep(0)  # let others run: chatkit may read a whole thread page by page
         rows = self.rows.get(owner, {})
@@ -298,9 +297,9 @@ class MemoryStore(Store[Context]):
     """
 
     def __init__(self) -> None:
-        self._threads: Table[ThreadMetadata] = Table("Thread")
-        self._items: Table[ThreadItem] = Table("Item")
-        self._attachments: Table[Attachment] = Table("Attachment")
+        self._threads = Table("Thread")
+        self._items = Table("Item")
+        self._attachments = Table("Attachment")
 
     def generate_thread_id(self, context: Context) -> str:
         return long_id("thread")
@@ -934,13 +933,19 @@ class Turn:
         """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
         usage = self.memory.run.context_wrapper.usage if self.memory else Usage()
         first_delta = f"{self.first_delta:.3f}s" if self.first_delta else "-"
-        line = (
-            f"turn pid={os.getpid()} thread={self.thread_id or '-'} provider={self.model.provider}"
-            f" model={self.model.model} end={self.outcome} first_delta={first_delta}"
-            f" total={time.monotonic() - self.started:.3f}s"
-            f" input_tokens={usage.input_tokens or '-'} output_tokens={usage.output_tokens or '-'}"
+        logger.info(
+            "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
+            " input_tokens=%s output_tokens=%s",
+            os.getpid(),
+            self.thread_id or "-",
+            self.model.provider,
+            self.model.model,
+            self.outcome,
+            first_delta,
+            time.monotonic() - self.started,
+            usage.input_tokens or "-",
+            usage.output_tokens or "-",
         )
-        logger.info(line)
 
 
 def error_event(error: Exception) -> ErrorEvent:
@@ -1204,7 +1209,7 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
     try:
         return REQUEST.validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors()[0]
         place = ".".join(str(name) for name in first["loc"])
         raise HTTPException(400, f"{place}: {first['msg']}"[:300]) from None
 
@@ -1416,33 +1421,29 @@ class ToolMemory(RunHooks[Any]):
 
     def items_after(self, messages: int) -> list[HiddenContextItem]:
         """Return what is to be stored after so many of the turn's messages."""
-        items = []
-        while self.steps and self.steps[0][0] <= messages:
-            _, step = self.steps.pop(0)
-            if kept := self.input_of(step):
-                items.append(self.hidden_item(REMEMBERED_CALL, kept))
-        return items
+        ready = [step for number, step in self.steps if number <= messages]
+        del self.steps[: len(ready)]
+        inputs = [self.input_of(step) for step in ready]
+        return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
 
     def input_of(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
-        reasoning: list[Any] = []
-        calls: list[Any] = []
+        said = [item.model_dump(mode="json", exclude_unset=True) for item in step]
+        reasoning = [item for item in said if item["type"] == "reasoning"]
+        calls = [item for item in said if item["type"] == "function_call"]
+        calls = [call for call in calls if call["name"] not in self.forgotten_tools]
+        kept = [call for call in calls if call["call_id"] != self.client_call]
+        # chatkit stores the client's call itself, after this item.
+        for_client = reasoning if len(kept) < len(calls) else []
         outputs: list[Any] = []
-        for_client: list[Any] = []
-        for item in step:
-            said = item.model_dump(mode="json", exclude_unset=True)
-            if item.type == "reasoning":
-                reasoning.append(said)
-            elif item.type == "function_call" and item.call_id == self.client_call:
-                for_client = reasoning  # chatkit stores the call itself, after this item
-            elif item.type == "function_call" and item.name not in self.forgotten_tools:
-                # Some providers give the same id in each turn, and openai-agents would drop the
-                # earlier call.
-                id = secrets.token_hex(16)
-                output = shortened(as_text(self.outputs.get(item.call_id, STOPPED_CALL)))
-                calls.append({**said, "call_id": id, "arguments": as_arguments(item.arguments)})
-                outputs.append({"type": "function_call_output", "call_id": id, "output": output})
-        return [*reasoning, *calls, *outputs, *for_client] if calls else for_client
+        for call in kept:
+            output = shortened(as_text(self.outputs.get(call["call_id"], STOPPED_CALL)))
+            # Some providers give the same id in each turn, and openai-agents would drop the
+            # earlier call.
+            id = call["call_id"] = secrets.token_hex(16)
+            call["arguments"] = as_arguments(call["arguments"])
+            outputs.append({"type": "function_call_output", "call_id": id, "output": output})
+        return [*reasoning, *kept, *outputs, *for_client] if kept else for_client
 
     def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
@@ -1752,7 +1753,6 @@ PAGE = """<!doctype html>
 <script>
   const url = location.origin + location.pathname;
   const options = PAGE_OPTIONS;
-
   async function fetchAsUser(target, init = {}) {
     const headers = new Headers(init.headers);
     const isOurs = new URL(target, url).origin === location.origin;
@@ -1764,15 +1764,13 @@ PAGE = """<!doctype html>
     sessionStorage.token = `Bearer ${token}`;
     return fetchAsUser(target, init);
   }
-
   customElements.whenDefined("openai-chatkit").then(() => {
     const api = { url, domainKey: "local-dev", fetch: fetchAsUser, ...options.api };
     chat.setOptions({ ...options, api });
     const isLocal = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
     if (isLocal || options.api?.domainKey) return notice.remove();
-    notice.textContent = `ChatKit needs a domain key for ${location.hostname}: add this host at`
-      + " platform.openai.com/settings/organization/security/domain-allowlist, and set"
-      + " api.domainKey in PAGE_OPTIONS.";
+    notice.textContent = `ChatKit needs a domain key for ${location.hostname}: add this host at
+      platform.openai.com/settings/organization/security/domain-allowlist, and set api.domainKey.`;
   });
 </script>
 <script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async
@@ -1855,17 +1853,14 @@ def serve() -> None:
     A program may `import main`, change it, and call this. Several processes need a database:
     uvicorn --app-dir backend main:app --workers 4
     """
-    # uvicorn raises SIGTERM again after its shutdown, and the exit code would not be 0.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    config = uvicorn.Config(
+    uvicorn.run(
         app,
         host=HOST,
         port=PORT,
         http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
         timeout_graceful_shutdown=STOP_SECONDS + 5,
+        workers=1,  # whatever WEB_CONCURRENCY says
     )
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

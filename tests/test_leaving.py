@@ -277,7 +277,7 @@ ITEMS = "SELECT json FROM rows WHERE kind = 'Item' AND parent = ? ORDER BY numbe
 # The program, its variables and workers; the signal, and the exit code.
 CUSTOMISED = SUPPORT / "customised.py"
 WAYS = {
-    "python main.py": (CUSTOMISED, {}, 1, signal.SIGTERM, 0),
+    "python main.py": (CUSTOMISED, {}, 1, signal.SIGTERM, -15),
     "python main.py and Ctrl-C": (CUSTOMISED, {}, 1, signal.SIGINT, 0),
     # uvicorn's own program ends with the signal.
     "uvicorn main:app": (SUPPORT / "served.py", {"APP": "customised:app"}, 1, signal.SIGTERM, -15),
