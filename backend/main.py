@@ -712,7 +712,7 @@ async def checked_chunks(
     """
     answered = False  # a text or a tool call came
     body = "the stream held no reply"
-    numbers: dict[str, int] = {}  # of the tool calls, by their ids
+    numbers: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # OpenAI's client takes a web page, or an error object as LM Studio's, for an empty stream.
         response: Any = getattr(stream.completion_stream, "response", None)
@@ -743,16 +743,20 @@ async def checked_chunks(
         await stream.aclose()
 
 
-def repair_delta(delta: Any, numbers: dict[str, int]) -> None:
-    """Correct what some providers send. `numbers` are those of the reply's tool calls, by id."""
+def repair_delta(delta: Any, numbers: dict[Any, int]) -> None:
+    """Correct what some providers send.
+
+    `numbers` are those of the reply's tool calls, by their ids and by the numbers that came.
+    """
     if delta.content:
         # Half of a surrogate pair could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the number 0.
         if call.id:
-            numbers.setdefault(call.id, len(numbers))
-        call.index = max(len(numbers) - 1, call.index)
+            new = len({*numbers.values()})
+            numbers[call.index] = numbers.setdefault(call.id, new)
+        call.index = numbers.get(call.index, call.index)
 
 
 def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
