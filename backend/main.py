@@ -408,14 +408,6 @@ def address_variable(provider: str) -> str:
     return next((name for name in names if os.getenv(name)), "")
 
 
-class EmptyReply(AgentsException):
-    """A turn ended without a text, a tool call or anything else that the user can see."""
-
-
-class LengthLimit(Exception):
-    """The model's length limit ended the reply."""
-
-
 @dataclass(frozen=True)
 class ErrorKind:
     """One kind of error: what the person in the chat reads of it, and how it is recognised.
@@ -452,8 +444,15 @@ TIMED_OUT = ErrorKind(
     classes=(TimeoutError,),
 )
 LONG_REPLY = ErrorKind(
-    "The reply reached the model's length limit, and ends here. Ask for the rest.",
-    classes=(LengthLimit,),
+    "The reply reached the model's length limit, and ends here. Ask for the rest."
+)
+EMPTY_REPLY = ErrorKind("The AI provider's reply was empty. Try again.", allow_retry=True)
+NOT_UNDERSTOOD = ErrorKind(
+    "The AI provider's answer was not understood. Try again.{address}",
+    allow_retry=True,
+    statuses=[400],
+    classes=(ModelBehaviorError, StopAsyncIteration),
+    words="tool_use_failed|Got unexpected response",
 )
 CUT_OFF = ErrorKind(
     "The reply was cut off: the AI provider dropped the connection. Try again.",
@@ -488,8 +487,6 @@ UNKNOWN_MODEL = (
     "The AI provider does not know the model {model}, or does not let you use it. Check MODEL."
 )
 KEY_REFUSED = "The AI provider refused the key. Check {key}."
-TOO_LONG = "This conversation is too long. Start a new thread."
-NOT_UNDERSTOOD = "The AI provider's answer was not understood. Try again.{address}"
 NO_QUOTA = r"insufficient_quota|credit balance is too low|PerDay|per day \(|per-day|limit: 0"
 NO_MODEL = (
     "model_not_found|invalid_model|valid model|Model Not Exist|AccessDenied|odel not found"
@@ -510,8 +507,12 @@ CHAT_ERRORS = [  # the first that fits is the one
         "The AI provider refused access. Check {key}. The server's log has the reason.",
         statuses=[403],
     ),
-    ErrorKind(TOO_LONG, classes=(ContextWindowExceededError,)),
-    ErrorKind(TOO_LONG, statuses=[413, 429], words="Request too large"),
+    ErrorKind(
+        "This conversation is too long. Start a new thread.",
+        statuses=[413, 429],
+        classes=(ContextWindowExceededError,),
+        words="Request too large",
+    ),
     RATE_LIMIT,
     FILTERED,
     ErrorKind(
@@ -527,11 +528,8 @@ CHAT_ERRORS = [  # the first that fits is the one
         classes=(MaxTurnsExceeded,),
     ),
     TIMED_OUT,
-    LONG_REPLY,
     CUT_OFF,
-    ErrorKind(NOT_UNDERSTOOD, True, classes=(ModelBehaviorError, StopAsyncIteration)),
-    ErrorKind(NOT_UNDERSTOOD, True, [400], words="tool_use_failed|Got unexpected response"),
-    ErrorKind("The AI provider's reply was empty. Try again.", True, classes=(EmptyReply,)),
+    NOT_UNDERSTOOD,
     SETUP,
     UNAVAILABLE,
     REFUSED_MESSAGE,
@@ -540,11 +538,11 @@ CHAT_ERRORS = [  # the first that fits is the one
         statuses=range(400, 500),
     ),
     # LiteLLM could not read what it got.
-    ErrorKind(NOT_UNDERSTOOD, True, classes=(ValueError, KeyError)),
+    replace(NOT_UNDERSTOOD, classes=(ValueError, KeyError)),
 ]
 # After a part of the reply, whatever else the provider reports has cut it off.
 FILTERED_REPLY = replace(FILTERED, message=f"{FILTERED.message} The reply is not complete.")
-AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, LONG_REPLY, SETUP]
+AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
 
 class ChatError(CustomStreamError):
@@ -711,7 +709,7 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
-    body = "the stream held no reply"
+    body = "the stream ended too early"
     numbers: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # OpenAI's client takes a web page, or an error object as LM Studio's, for an empty stream.
@@ -736,11 +734,11 @@ async def checked_chunks(
                 repair_delta(choice.delta, numbers)
                 answered = answered or bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
-        check_end(model, stream, answered, body)
     except Exception as error:
         raise chat_error_for(error, model, answered) from error
     finally:
         await stream.aclose()
+    check_end(model, stream, answered, body)
 
 
 def repair_delta(delta: Any, numbers: dict[Any, int]) -> None:
@@ -769,14 +767,11 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> N
     if reason:
         reason = core_helpers.map_finish_reason(reason)
     if reason == "content_filter":
-        raise ContentPolicyViolationError(reason, model.model, model.provider)
+        raise ChatError(FILTERED_REPLY if answered else FILTERED, model)
     if reason == "length" and answered:
-        raise LengthLimit(reason)
-    if model.canned_reply or (reason and reason != FAILED_END):
-        return
-    if answered:
-        raise ConnectionResetError("the stream ended before the reply did")
-    raise ModelBehaviorError(body)
+        raise ChatError(LONG_REPLY, model)
+    if not model.canned_reply and reason in (None, FAILED_END):
+        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, ModelBehaviorError(body))
 
 
 class ProviderModels(ModelProvider):
@@ -1281,13 +1276,13 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
 
 
 async def with_reply(events: Events, turn: Turn) -> Events:
-    """Raise EmptyReply if a turn completes nothing that the user can see as an answer."""
+    """Raise ChatError if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
         answered = answered or is_answer(event)
         yield event
     if not answered and not turn.stopped:
-        raise EmptyReply
+        raise ChatError(EMPTY_REPLY, turn.model)
 
 
 def is_answer(event: ThreadStreamEvent) -> bool:
