@@ -133,8 +133,7 @@ from agents.exceptions import (
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.models import get_default_model_settings
 from agents.models.fake_id import FAKE_RESPONSES_ID
-from agents.models.reasoning_content_replay import ReasoningContentReplayContext
-from agents.retry import ModelRetrySettings, RetryDecision, RetryPolicyContext
+from agents.retry import ModelRetrySettings, RetryPolicyContext
 from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
 from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
@@ -146,12 +145,10 @@ from chatkit.types import (
     AssistantMessageItem,
     Attachment,
     ChatKitReq,
-    ClientEffectEvent,
     ClientToolCallItem,
     ErrorEvent,
     HiddenContextItem,
     InferenceOptions,
-    NoticeEvent,
     Page,
     ProgressUpdateEvent,
     StreamOptionsEvent,
@@ -220,7 +217,7 @@ def setting(name: str, default: str, kind: Any = str) -> Any:
 
 def parse_tokens(text: str) -> dict[str, str]:
     """Return {token: user} for "user:token,user:token". Any other text stops the start."""
-    tokens: dict[str, str] = {}
+    tokens = {}
     for entry in text.split(",") if text else []:
         # A token is printable ASCII without a colon, so that it fits into a header.
         match = re.fullmatch(r"\s*([^:]*[^:\s])\s*:\s*([!-9;-~]+)\s*", entry)
@@ -232,11 +229,11 @@ def parse_tokens(text: str) -> dict[str, str]:
     return tokens
 
 
-PROVIDER: str = setting("PROVIDER", "gemini").lower()
-MODEL: str = setting("MODEL", "auto")
-MODEL_TIMEOUT: float = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
-HOST: str = setting("HOST", "0.0.0.0")
-PORT: int = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
+PROVIDER = setting("PROVIDER", "gemini").lower()
+MODEL = setting("MODEL", "auto")
+MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
+HOST = setting("HOST", "0.0.0.0")
+PORT = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
 ALLOWED_ORIGINS = [
     origin.strip().rstrip("/") for origin in setting("ALLOWED_ORIGINS", "*").split(",")
 ]
@@ -317,8 +314,8 @@ class MemoryStore(Store[Context]):
             await self.load_thread(thread.id, context)  # it may be another user's
         self._items.rows.setdefault(thread.id, {})
         # chatkit may pass a Thread, which has its items with it.
-        metadata = ThreadMetadata(**thread.model_dump())
-        self._threads.save(context.get("user_id", ""), metadata)
+        thread = ThreadMetadata(**thread.model_dump())
+        self._threads.save(context.get("user_id", ""), thread)
 
     async def load_threads(
         self, limit: int, after: str | None, order: str, context: Context
@@ -370,8 +367,7 @@ def long_id(item_type: StoreItemType) -> str:
 
     chatkit's own ids have 32 bits: after about 77,000 threads two are likely to have the same.
     """
-    prefix = default_generate_id(item_type).split("_")[0]
-    return f"{prefix}_{secrets.token_hex(16)}"
+    return default_generate_id(item_type) + secrets.token_hex(12)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -598,27 +594,20 @@ def described(error: BaseException) -> str:
     Some providers repeat the key: asterisks take its place.
     """
     text = str(error)
-    longest_first = sorted(os.environ, key=lambda name: -len(os.environ[name]))
-    for name in longest_first:  # one secret may be a part of another
-        # What is shorter than 8 characters is no secret, but may be a part of many words.
-        if name.endswith(SECRET_NAMES) and len(os.environ[name]) >= 8:
-            text = text.replace(os.environ[name], "***")
+    secrets = [value for name, value in os.environ.items() if name.endswith(SECRET_NAMES)]
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
+            text = text.replace(secret, "***")
     status, code = getattr(error, "status_code", ""), getattr(error, "code", "")
     facts = f"{type(error).__name__} {status or ''} {code or ''}".split()
     return f"{' '.join(facts)}: {text!r:.300}"
 
 
-def is_worth_a_retry(context: RetryPolicyContext) -> RetryDecision:
+def is_worth_a_retry(context: RetryPolicyContext) -> bool:
     """Decide whether openai-agents asks the provider again, once, before anything was shown."""
     kind = getattr(context.error, "kind", None)
-    wait = context.normalized.retry_after
-    passes = kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and (wait or 0) <= RETRY_SECONDS
-    return RetryDecision(retry=passes, delay=wait)
-
-
-def replays_reasoning(context: ReasoningContentReplayContext) -> bool:
-    """Return whether a model is told its reasoning. That of others is left out by `model_input`."""
-    return needs_reasoning(context.model)
+    wait = context.normalized.retry_after or 0
+    return kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and wait <= RETRY_SECONDS
 
 
 def needs_reasoning(model: str) -> bool:
@@ -640,13 +629,14 @@ class ProviderModel(LitellmModel):
         api_key: str | None = None,
         canned_reply: str | None = None,
     ) -> None:
-        super().__init__(model, base_url, api_key, replays_reasoning)
+        replays_reasoning = needs_reasoning(model)
+        super().__init__(model, base_url, api_key, lambda _: replays_reasoning)
         self.canned_reply = canned_reply
         self.provider = "mock" if canned_reply else model.partition("/")[0]
         address = "the base URL" if base_url else address_variable(self.provider)
         self.hint = f" Check {address}." if address else ""
         key = f"{self.provider.upper()}_API_KEY"
-        missing: list[str] = litellm.validate_environment(model)["missing_keys"]
+        missing = litellm.validate_environment(model)["missing_keys"]
         is_named = key in [*missing, *os.environ]
         self.key_name = key if is_named else f"the credentials for {self.provider}"
         self.missing_keys = [] if api_key or canned_reply or address else missing
@@ -710,7 +700,7 @@ async def checked_chunks(
     """
     answered = False  # a text or a tool call came
     body = "the stream ended too early"
-    numbers: dict[Any, int] = {}  # of the tool calls, see repair_delta
+    indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # OpenAI's client takes a web page, or an error object as LM Studio's, for an empty stream.
         response: Any = getattr(stream.completion_stream, "response", None)
@@ -731,8 +721,8 @@ async def checked_chunks(
                 # LiteLLM keeps every chunk for these, 5 to 8 KB each. It needs the last two.
                 del stream.chunks[:-2]
             for choice in chunk.choices:
-                repair_delta(choice.delta, numbers)
-                answered = answered or bool(choice.delta.content or choice.delta.tool_calls)
+                repair_delta(choice.delta, indexes)
+                answered |= bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
     except Exception as error:
         raise chat_error_for(error, model, answered) from error
@@ -741,20 +731,20 @@ async def checked_chunks(
     check_end(model, stream, answered, body)
 
 
-def repair_delta(delta: Any, numbers: dict[Any, int]) -> None:
+def repair_delta(delta: Any, indexes: dict[Any, int]) -> None:
     """Correct what some providers send.
 
-    `numbers` are those of the reply's tool calls, by their ids and by the numbers that came.
+    `indexes` are those of the reply's tool calls, by their ids and by the indexes that came.
     """
     if delta.content:
         # Half of a surrogate pair could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
-        # Workaround (LiteLLM 33678): all parallel calls of Ollama have the number 0.
-        if call.id:
-            new = len({*numbers.values()})
-            numbers[call.index] = numbers.setdefault(call.id, new)
-        call.index = numbers.get(call.index, call.index)
+        # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
+        if call.id and call.function.name:  # some give each part of a call an id of its own
+            new = len({*indexes.values()})
+            indexes[call.index] = indexes.setdefault(call.id, new)
+        call.index = indexes.get(call.index, call.index)
 
 
 def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
@@ -782,7 +772,7 @@ class ProviderModels(ModelProvider):
     """
 
     def get_model(self, model_name: str | None) -> ProviderModel:
-        if model_name is None:
+        if not model_name:
             return model
         return make_model(model_name if "/" in model_name else litellm_name(PROVIDER, model_name))
 
@@ -796,7 +786,7 @@ model = make_model(litellm_name(PROVIDER, MODEL))
 
 # ---- Server --------------------------------------------------------------------------------------
 
-REQUEST: TypeAdapter[ChatKitReq] = TypeAdapter(ChatKitReq)
+REQUEST = TypeAdapter[ChatKitReq](ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
 
 
@@ -828,10 +818,10 @@ class Turn:
 
     server: ChatKitServerImpl  # this turn is among its `turns` while its task runs
     context: Context
-    thread_id: str | None = None  # None until chatkit has made the thread
+    thread_id: str = ""  # "" until chatkit has made the thread
     # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold the
-    # provider's connection. None is the end.
-    queue: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+    # provider's connection. b"" is the end.
+    queue: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] = field(init=False)  # see `start`
     memory: ToolMemory | None = None  # None until the run has begun
@@ -841,7 +831,7 @@ class Turn:
     stopped: bool = False
     client_left: bool = False
     started: float = field(default_factory=time.monotonic)
-    first_delta: float | None = None
+    first_delta: float = 0
 
     # ---- What the response does with it
 
@@ -858,10 +848,10 @@ class Turn:
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
-        event: bytes | None = HEARTBEAT
+        event = HEARTBEAT
         with anyio.move_on_after(SILENCE_SECONDS):
             event = await self.queue.get()
-        if event is None:
+        if not event:
             raise StopAsyncIteration
         return event
 
@@ -871,7 +861,7 @@ class Turn:
             self.client_left = True
             self.stop()
 
-    def stop(self, last_event: bytes | None = None) -> None:
+    def stop(self, last_event: bytes = b"") -> None:
         """End the turn soon, with this event for a client that still reads.
 
         A turn that has not ended after STOP_SECONDS, because a tool or a database hangs, is
@@ -895,7 +885,7 @@ class Turn:
         Turn.current.set(self)
         try:
             async for event in events:
-                if event.type == "error" and event.code != "custom" and self.thread_id:
+                if event.type == "error" and event.code != "custom":
                     # Another process may have deleted the thread: raises NotFoundError.
                     await self.server.store.load_thread(self.thread_id, self.context)
                 self.put(event)
@@ -913,15 +903,15 @@ class Turn:
                 await self.memory.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
             self.write_log_line()
-            self.queue.put_nowait(None)
+            self.queue.put_nowait(b"")
             self.has_begun.set()
 
     def put(self, event: ThreadStreamEvent) -> None:
         """Queue an event for the client. A turn that was stopped sends nothing more."""
         if event.type == "thread.created":
             self.thread_id = event.thread.id
-        elif event.type == "thread.item.updated" and self.first_delta is None:
-            self.first_delta = time.monotonic() - self.started
+        elif event.type == "thread.item.updated":
+            self.first_delta = self.first_delta or time.monotonic() - self.started
         elif event.type == "error":
             self.outcome = "error"
         if not self.stopped:
@@ -1054,7 +1044,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
         """Return the items that the model sees, newest first. A user message is among them."""
-        page: Page[ThreadItem] = Page(has_more=True)
+        page = Page[ThreadItem](has_more=True)
         items: list[ThreadItem] = []
         while page.has_more and not any(item.type == "user_message" for item in items):
             page = await self.store.load_thread_items(
@@ -1083,7 +1073,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """
         parsed = parse_request(request)
         await self.check(parsed, context)
-        thread_id: str | None = getattr(parsed.params, "thread_id", None)
+        thread_id = getattr(parsed.params, "thread_id", "")
         if thread_id:
             await self.settle_turns(parsed, thread_id)
         if parsed.type == "threads.add_client_tool_output":
@@ -1112,8 +1102,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
             # A running turn may save its thread, and would bring the old title back.
-            for memory in [turn.memory for turn in turns if turn.memory]:
-                memory.context.thread.title = request.params.title
+            for turn in turns:
+                if turn.memory:
+                    turn.memory.context.thread.title = request.params.title
         if is_streaming_req(request):
             # Whoever stops a reply and sends the next message at once does both at the same moment:
             # the server may hear of the message first. What was streamed is stored before it.
@@ -1171,7 +1162,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
-                require(is_overridden(self, "action"), f"{kind} is not supported.")
+                is_written = self.action != super().action
+                require(is_written, f"{kind} is not supported.")
                 if params.item_id:  # an action may be about no item
                     item = await self.store.load_item(params.thread_id, params.item_id, context)
                     require(item.type == "widget", f"Item {item.id} is not a widget.")
@@ -1181,10 +1173,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_attachment(params.attachment_id, context)
 
     def check_options(self, options: InferenceOptions) -> None:
-        """Refuse the choice of a model or a tool if no hook of yours could handle it."""
+        """Refuse a choice of a model or a tool. Override this to offer some, with agent_for or
+        run_config_for."""
         chosen = options.model or (options.tool_choice and options.tool_choice.id)
-        has_hook = is_overridden(self, "agent_for") or is_overridden(self, "run_config_for")
-        require(has_hook or not chosen, f"{chosen!s:.100} is not offered.")
+        require(not chosen, f"{chosen!s:.100} is not offered.")
 
 
 # ---- Checks of a request
@@ -1220,23 +1212,17 @@ def count_values(value: Any) -> int:
     return 1 + sum(count_values(part) for part in value) if isinstance(value, list) else 1
 
 
-def is_overridden(server: ChatKitServerImpl, name: str) -> bool:
-    """Return whether a subclass has this method, or the object itself one of its own."""
-    method = getattr(server, name)
-    return getattr(method, "__func__", method) is not getattr(ChatKitServerImpl, name)
-
-
-async def stop_turns(turns: list[Turn], last_event: bytes | None = None) -> None:
+async def stop_turns(turns: list[Turn], last_event: bytes = b"") -> None:
     """Stop the turns, and wait until they have ended."""
     for turn in turns:
         turn.stop(last_event)
     await wait_until_ended(turns)
 
 
-async def wait_until_ended(turns: list[Turn], seconds: float = 2 * STOP_SECONDS) -> None:
-    """Wait until the turns have ended, or for so many seconds."""
+async def wait_until_ended(turns: list[Turn], seconds: float = 0) -> None:
+    """Wait until the turns have ended, or for these seconds, by default twice STOP_SECONDS."""
     if turns:
-        await asyncio.wait([turn.task for turn in turns], timeout=seconds)
+        await asyncio.wait([turn.task for turn in turns], timeout=seconds or 2 * STOP_SECONDS)
 
 
 def message_text(message: UserMessageItem | UserMessageInput) -> str:
@@ -1255,13 +1241,13 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
     (workflows, widgets) keep it.
     """
     new_id = agent_context.generate_id
-    id_mapping: dict[str, str] = {}  # the model's id -> the newest of ours
-    given: list[str] = []
+    id_mapping = {}  # the model's id -> the newest of ours
+    given = []
     async for event in events:
         match event:
             case ThreadItemAddedEvent(item=AssistantMessageItem() as item):
-                given.append(new_id("message"))
-                id_mapping[item.id] = item.id = given[-1]
+                id_mapping[item.id] = item.id = new_id("message")
+                given.append(item.id)
             case ThreadItemUpdatedEvent(item_id=id):
                 event.item_id = id_mapping.get(id, id)
             case ThreadItemDoneEvent(item=ClientToolCallItem() as item):
@@ -1279,7 +1265,7 @@ async def with_reply(events: Events, turn: Turn) -> Events:
     """Raise ChatError if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
-        answered = answered or is_answer(event)
+        answered |= is_answer(event)
         yield event
     if not answered and not turn.stopped:
         raise ChatError(EMPTY_REPLY, turn.model)
@@ -1293,7 +1279,7 @@ def is_answer(event: ThreadStreamEvent) -> bool:
             return workflow.type != "reasoning"
         case ThreadItemDoneEvent(item=item):
             return "hidden" not in item.type
-    return isinstance(event, ThreadItemReplacedEvent | ClientEffectEvent | NoticeEvent)
+    return event.type in ("thread.item.replaced", "client_effect", "notice")
 
 
 async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory) -> Events:
@@ -1301,7 +1287,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
 
     chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
-    unfinished: dict[str, ThreadItem] = {}  # by id
+    unfinished = {}  # by id
     messages = 0
     failure: Exception | None = None
     try:
@@ -1389,22 +1375,24 @@ class ToolMemory(RunHooks[Any]):
     forgotten_tools: set[str]
     run: Any = None  # the RunResultStreaming, as soon as there is one
     messages: int = 0  # that the model has completed
-    # What the model has said that is not stored yet, with the number of messages up to it.
-    steps: list[tuple[int, Any]] = field(default_factory=list)
-    outputs: dict[str, Any] = field(default_factory=dict)  # by the id of the call
+    # What is not stored yet: the number of messages up to a step, what the model said in it, and
+    # the outputs of its calls, by their ids.
+    steps: list[tuple[int, Any, dict[str, Any]]] = field(default_factory=list)
+    outputs: dict[str, Any] = field(default_factory=dict)  # of the newest step
     client_call: str = ""  # the id of the call that the client answers
     stored: list[str] = field(default_factory=list)  # ids of the hidden items
 
     async def on_llm_start(self, context: Any, agent: Any, prompt: Any, input: list[Any]) -> None:
-        # Of a call that never ran, because there is no such tool, only the run knows the output.
-        for item in input:
+        # If a call never ran, because there is no such tool, its output is only in the next input.
+        for item in reversed(input):  # some providers give the same id in each step
             if item.get("type") == "function_call_output":
                 self.outputs.setdefault(item["call_id"], item["output"])
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that chatkit has not read yet.
         self.messages += [output.type for output in response.output].count("message")
-        self.steps.append((self.messages, response.output))
+        self.outputs = {}
+        self.steps.append((self.messages, response.output, self.outputs))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1420,29 +1408,32 @@ class ToolMemory(RunHooks[Any]):
 
     def items_after(self, messages: int) -> list[HiddenContextItem]:
         """Return what is to be stored after so many of the turn's messages."""
-        ready = [step for number, step in self.steps if number <= messages]
+        ready = [step for step in self.steps if step[0] <= messages]
         del self.steps[: len(ready)]
-        inputs = [self.input_of(step) for step in ready]
+        inputs = [self.input_of(step, outputs) for _, step, outputs in ready]
         return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
 
-    def input_of(self, step: Any) -> list[Any]:
+    def input_of(self, step: Any, outputs: dict[str, Any]) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
-        said = [item.model_dump(mode="json", exclude_unset=True) for item in step]
+        said = [
+            item.model_dump(mode="json", exclude_unset=True)
+            for item in step
+            if getattr(item, "name", "") not in self.forgotten_tools
+        ]
         reasoning = [item for item in said if item["type"] == "reasoning"]
         calls = [item for item in said if item["type"] == "function_call"]
-        calls = [call for call in calls if call["name"] not in self.forgotten_tools]
         kept = [call for call in calls if call["call_id"] != self.client_call]
         # chatkit stores the client's call itself, after this item.
-        for_client = reasoning if len(kept) < len(calls) else []
-        outputs: list[Any] = []
+        for_client = [] if kept == calls else reasoning
+        answers = []
         for call in kept:
-            output = shortened(as_text(self.outputs.get(call["call_id"], STOPPED_CALL)))
+            output = shortened(as_text(outputs.get(call["call_id"], STOPPED_CALL)))
             # Some providers give the same id in each turn, and openai-agents would drop the
             # earlier call.
             id = call["call_id"] = secrets.token_hex(16)
             call["arguments"] = as_arguments(call["arguments"])
-            outputs.append({"type": "function_call_output", "call_id": id, "output": output})
-        return [*reasoning, *kept, *outputs, *for_client] if kept else for_client
+            answers.append({"type": "function_call_output", "call_id": id, "output": output})
+        return [*reasoning, *kept, *answers, *for_client] if kept else for_client
 
     def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
@@ -1460,7 +1451,7 @@ def as_text(output: Any) -> str:
     if isinstance(output, str):
         return output
     return "\n".join(
-        part.get("text") or f"[{part['type'].removeprefix('input_')}: it was not kept]"
+        part.get("text", f"[{part['type'].removeprefix('input_')}: it was not kept]")
         for part in output
     )
 
@@ -1470,7 +1461,7 @@ def as_arguments(text: str) -> str:
 
     LiteLLM parses them again in every later turn.
     """
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         if isinstance(json.loads(text), dict) and len(text) <= TOOL_OUTPUT_LENGTH:
             return shortened(text)
     return as_json({"arguments": shortened(text)} if text else {})
@@ -1500,8 +1491,8 @@ class Converter(ThreadItemConverter):
             try:
                 told += await super().to_agent_input(item)
             except Exception as error:
-                kind = type(error).__name__
-                logger.error("Item %s cannot be told to the model: %s", item.id, kind)
+                reason = type(error).__name__
+                logger.error("Item %s cannot be told to the model: %s", item.id, reason)
                 sentence = f"[Here is a {item.type} that cannot be shown to you.]"
                 told.append({"role": "user", "content": sentence})
         return told
@@ -1653,11 +1644,6 @@ async def not_found(request: Request, error: NotFoundError) -> Response:
     return JSONResponse({"detail": str(error)}, 404)
 
 
-@app.exception_handler(ClientDisconnect)
-async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=400)  # nobody reads it
-
-
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
@@ -1674,8 +1660,7 @@ async def request_context(bearer: Bearer) -> Context:  # CHANGE ME: who is askin
     for token, user in TOKENS.items():
         if secrets.compare_digest(token.encode(), given):
             return {"user_id": user}
-    headers = {"WWW-Authenticate": "Bearer"}
-    raise HTTPException(401, "A valid bearer token is needed.", headers=headers)
+    raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
 
 
 RequestContext = Annotated[Context, Depends(request_context)]
@@ -1684,10 +1669,11 @@ RequestContext = Annotated[Context, Depends(request_context)]
 async def request_body(request: Request) -> bytes:
     """Return the body. Raises HTTPException (413) as soon as it exceeds MAX_BODY_BYTES."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
+    with suppress(ClientDisconnect):  # half a request is no JSON: nobody reads the answer
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
     return bytes(body)
 
 
@@ -1729,8 +1715,8 @@ def debug_item(item: ThreadItem) -> dict[str, Any]:
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
 async def debug_threads(context: RequestContext) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    page: Page[ThreadMetadata] = Page(has_more=True)
+    result = {}
+    page = Page[ThreadMetadata](has_more=True)
     while page.has_more:
         page = await server.store.load_threads(MAX_PAGE, page.after, "asc", context)
         for thread in page.data:
@@ -1812,7 +1798,7 @@ def repair_libraries() -> None:
     unawaited = r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited"
     warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
     # Workaround (LiteLLM 16651): it says "stop", a normal end, for these words of providers.
-    words: dict[str, Any] = core_helpers._FINISH_REASON_MAP
+    words: Any = core_helpers._FINISH_REASON_MAP
     words.update(dict.fromkeys(FAILURES, FAILED_END))
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
     uvicorn.Server.shutdown = stop_turns_first  # type: ignore[method-assign]
