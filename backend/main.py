@@ -50,10 +50,11 @@ from dotenv import dotenv_values, load_dotenv
 # Importing this file changes the environment of the process, here, and nothing else. What else
 # changes for the whole process is in `repair_libraries`, which the start of the server calls.
 
-ROOT_DIR = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+ROOT_DIR = FOLDER.parent
 ENV_FILE = ROOT_DIR / ".env"
 if not ENV_FILE.is_file():
-    ENV_FILE = Path(__file__).resolve().with_name(".env")  # beside a copy of this file
+    ENV_FILE = FOLDER / ".env"  # beside a copy of this file
 DEFAULTS = {
     # LiteLLM would download its price map, and a list of headers.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -100,7 +101,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 from zlib import crc32
 
 import anyio
@@ -193,14 +194,14 @@ INSTRUCTIONS = "You are a helpful assistant."  # CHANGE ME: what the agent is to
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
 TOOL_OUTPUT_LENGTH = 4_000  # characters of a tool's output that later turns are told
-TITLE_LENGTH = 60  # a thread is named after so many characters of its first message
+TITLE_LENGTH = 60  # characters of its first message that name a thread
 MAX_BODY_BYTES = 1024 * 1024  # of a request
 MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
-SILENCE_SECONDS = 15  # a stream that is silent for so long sends a heartbeat
-STOP_SECONDS = 5  # after SIGTERM, turns may go on for so long; a stopped turn has as long to end
+SILENCE_SECONDS = 15  # a stream sends a heartbeat after this time without an event
+STOP_SECONDS = 5  # that turns may go on after SIGTERM, and that a stopped turn has to end
 RETRY_SECONDS = 5  # a provider that asks for a longer wait is not asked again
-DISCONNECT_SECONDS = 0.05  # the server waits so long for a stop that came with a new message
+DISCONNECT_SECONDS = 0.05  # that a new message waits for a stop that was sent with it
 
 
 def setting(name: str, default: str, kind: Any = str) -> Any:
@@ -536,7 +537,7 @@ CHAT_ERRORS = [  # the first that fits is the one
     # LiteLLM could not read what it got.
     replace(NOT_UNDERSTOOD, classes=(ValueError, KeyError)),
 ]
-# After a part of the reply, whatever else the provider reports has cut it off.
+# Once a part of the reply was shown, an error that is none of AFTER_TEXT counts as CUT_OFF.
 FILTERED_REPLY = replace(FILTERED, message=f"{FILTERED.message} The reply is not complete.")
 AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
@@ -561,9 +562,9 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
         return error
     causes: list[BaseException] = [error]
     status, said = 0, ""
-    for cause in causes:  # grows on the way, to the innermost: its status is the provider's own
+    for cause in causes:  # the loop appends the inner ones: the innermost status is the provider's
         code = getattr(cause, "status_code", None)
-        status = code if isinstance(code, int) else status  # some providers have words
+        status = code if isinstance(code, int) else status  # a few have a text there
         said += f"{cause} {getattr(cause, 'body', '')} "
         inner = cause.__cause__ or cause.__context__
         if inner and inner not in causes:
@@ -806,7 +807,7 @@ class Turn:
     """One streaming request. Three tasks take part in it:
 
         the response        __anext__, which returns what is in the queue
-        the turn's task     produce: it reads chatkit's events, which come from respond and its
+        the turn's task     fill_queue: it reads chatkit's events, which come from respond and its
                             stages, and puts them into the queue. In it chatkit stores the items.
         openai-agents' task the run: it calls the model and the tools
 
@@ -814,7 +815,7 @@ class Turn:
     without an exception, and what was streamed is stored as at the end of any turn.
     """
 
-    current: ClassVar[ContextVar[Turn]] = ContextVar("current")  # of the task that runs
+    current = ContextVar["Turn"]("current")  # of the task that runs
 
     server: ChatKitServerImpl  # this turn is among its `turns` while its task runs
     context: Context
@@ -836,9 +837,12 @@ class Turn:
     # ---- What the response does with it
 
     async def start(self, events: Events) -> None:
-        """Start the task, and return with its first event. Raises what was raised before it."""
+        """Start the task, and return when its first event is in the queue.
+
+        Raises what the task has raised before it.
+        """
         self.server.turns.add(self)
-        self.task = asyncio.create_task(self.produce(events))
+        self.task = asyncio.create_task(self.fill_queue(events))
         await self.has_begun.wait()
         if self.task.done():
             self.task.result()
@@ -880,7 +884,7 @@ class Turn:
 
     # ---- What the turn's task does
 
-    async def produce(self, events: Events) -> None:
+    async def fill_queue(self, events: Events) -> None:
         """Put the turn's events into the queue, and then its end."""
         Turn.current.set(self)
         try:
@@ -1003,7 +1007,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         # chatkit: it stores each item that is done, and then sends the event.
         events = stream_agent_response(agent_context, memory.run)
         events = with_unique_ids(events, agent_context)
-        events = with_reply(events, turn)
+        events = require_answer(events, turn)
         events = with_everything_stored(events, turn, memory)
         events = with_chat_errors(events, turn, memory)
         async for event in events:
@@ -1035,8 +1039,12 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         assistant's. What a provider has refused is left out.
         """
         items = await self.newest_items(thread.id, context)
-        refused = {id for item in items for id in ours(item, REFUSED_ITEMS)}
-        told = [item for item in items if not ours(item, REFUSED_ITEMS) and item.id not in refused]
+        refused = {id for item in items for id in hidden_content(item, REFUSED_ITEMS)}
+        told = [
+            item
+            for item in items
+            if not hidden_content(item, REFUSED_ITEMS) and item.id not in refused
+        ]
         while told and told[-1].type != "user_message":
             told.pop()
         Turn.current.get().question = told[0].id if told else ""
@@ -1069,7 +1077,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     ) -> StreamingResult | NonStreamingResult:
         """Answer a request.
 
-        Raises HTTPException (400 or 409) or NotFoundError before anything is stored.
+        Raises HTTPException (400 or 409) or NotFoundError before chatkit stores anything.
         """
         parsed = parse_request(request)
         await self.check(parsed, context)
@@ -1123,7 +1131,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         require(is_pending, "No client tool call is pending in this thread.")
         place = items.index(calls[0])
         for item in items[place + 1 : place - 1 : -1] if place else []:
-            if item is calls[0] or ours(item, REMEMBERED_CALL):
+            if item is calls[0] or hidden_content(item, REMEMBERED_CALL):
                 await self.store.delete_thread_item(thread_id, item.id, context)
                 await self.store.add_thread_item(thread_id, item, context)
 
@@ -1192,17 +1200,16 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
     try:
         # json.loads accepts NaN and half characters, which cannot be stored.
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
-    except ValueError as error:
-        raise HTTPException(400, f"Invalid JSON: {error}") from None
-    # pydantic makes an object of each value, and an error of each wrong one.
-    too_many = count_values(value) > MAX_VALUES
-    require(not too_many, f"There are more than {MAX_VALUES} JSON values in a request.")
-    try:
+        # pydantic makes an object of each value, and an error of each wrong one.
+        too_many = count_values(value) > MAX_VALUES
+        require(not too_many, f"There are more than {MAX_VALUES} JSON values in a request.")
         return REQUEST.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(name) for name in first["loc"])
+        place = ".".join(map(str, first["loc"]))
         raise HTTPException(400, f"{place}: {first['msg']}"[:300]) from None
+    except ValueError as error:
+        raise HTTPException(400, f"Invalid JSON: {error}") from None
 
 
 def count_values(value: Any) -> int:
@@ -1261,7 +1268,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
         yield event
 
 
-async def with_reply(events: Events, turn: Turn) -> Events:
+async def require_answer(events: Events, turn: Turn) -> Events:
     """Raise ChatError if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
@@ -1288,7 +1295,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
     chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
     unfinished = {}  # by id
-    messages = 0
+    begun = 0  # messages
     failure: Exception | None = None
     try:
         async for event in events:
@@ -1298,9 +1305,9 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 case ThreadItemAddedEvent(item=item):
                     unfinished[item.id] = item
                     if item.type == "assistant_message":
-                        for calls in memory.items_after(messages):
+                        for calls in memory.take_items(begun):
                             yield ThreadItemDoneEvent(item=calls)
-                        messages += 1
+                        begun += 1
                 case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
                     extend_item(unfinished[id], update)
                 case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
@@ -1310,12 +1317,12 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
             yield event
     except GUARDRAILS:  # the turn is taken back. The client never heard of the tool calls.
         context = memory.context
-        for id in memory.stored:
+        for id in memory.hidden_ids:
             await context.store.delete_thread_item(context.thread.id, id, context.request_context)
         raise
     except Exception as error:
         failure = error
-    for item in [*unfinished.values(), *memory.items_after(memory.messages)]:
+    for item in [*unfinished.values(), *memory.take_items(memory.completed)]:
         yield ThreadItemDoneEvent(item=item)
     if failure:
         raise failure
@@ -1342,20 +1349,20 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
         log_error(known)
         if getattr(known, "kind", None) in (FILTERED, REFUSED_MESSAGE):
             # Later turns leave out what it was about.
-            refused = memory.hidden_item(REFUSED_ITEMS, [turn.question, *memory.stored])
+            refused = memory.hidden_item(REFUSED_ITEMS, [turn.question, *memory.hidden_ids])
             yield ThreadItemDoneEvent(item=refused)
         raise known from known.__cause__
 
 
 # ---- Tool memory
 
-# They mark our hidden items among an application's own.
+# These types mark our hidden items among an application's own.
 REMEMBERED_CALL = "remembered_tool_call"
 REFUSED_ITEMS = "refused_items"
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
-def ours(item: ThreadItem, kind: str) -> list[Any]:
+def hidden_content(item: ThreadItem, kind: str) -> list[Any]:
     """Return what one of our hidden items of this kind holds; [] for any other item."""
     match item:
         case HiddenContextItem(content={"type": mark, "input": list(held)}) if mark == kind:
@@ -1374,13 +1381,13 @@ class ToolMemory(RunHooks[Any]):
     context: ChatContext
     forgotten_tools: set[str]
     run: Any = None  # the RunResultStreaming, as soon as there is one
-    messages: int = 0  # that the model has completed
+    completed: int = 0  # messages of the model
     # What is not stored yet: the number of messages up to a step, what the model said in it, and
     # the outputs of its calls, by their ids.
     steps: list[tuple[int, Any, dict[str, Any]]] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)  # of the newest step
     client_call: str = ""  # the id of the call that the client answers
-    stored: list[str] = field(default_factory=list)  # ids of the hidden items
+    hidden_ids: list[str] = field(default_factory=list)  # ids of the hidden items
 
     async def on_llm_start(self, context: Any, agent: Any, prompt: Any, input: list[Any]) -> None:
         # If a call never ran, because there is no such tool, its output is only in the next input.
@@ -1390,9 +1397,9 @@ class ToolMemory(RunHooks[Any]):
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that chatkit has not read yet.
-        self.messages += [output.type for output in response.output].count("message")
+        self.completed += [output.type for output in response.output].count("message")
         self.outputs = {}
-        self.steps.append((self.messages, response.output, self.outputs))
+        self.steps.append((self.completed, response.output, self.outputs))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1406,14 +1413,14 @@ class ToolMemory(RunHooks[Any]):
         if asked and (asked.name == tool.name or not self.client_call):
             self.client_call = call.call_id
 
-    def items_after(self, messages: int) -> list[HiddenContextItem]:
-        """Return what is to be stored after so many of the turn's messages."""
+    def take_items(self, messages: int) -> list[HiddenContextItem]:
+        """Return, once, what is to be stored after this number of the turn's messages."""
         ready = [step for step in self.steps if step[0] <= messages]
         del self.steps[: len(ready)]
-        inputs = [self.input_of(step, outputs) for _, step, outputs in ready]
+        inputs = [self.remembered(step, outputs) for _, step, outputs in ready]
         return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
 
-    def input_of(self, step: Any, outputs: dict[str, Any]) -> list[Any]:
+    def remembered(self, step: Any, outputs: dict[str, Any]) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
         said = [
             item.model_dump(mode="json", exclude_unset=True)
@@ -1442,7 +1449,7 @@ class ToolMemory(RunHooks[Any]):
             created_at=datetime.now(),
             content={"type": kind, "input": content},
         )
-        self.stored.append(item.id)
+        self.hidden_ids.append(item.id)
         return item
 
 
@@ -1507,7 +1514,7 @@ class Converter(ThreadItemConverter):
         return {"type": "input_text", "text": text}
 
     async def hidden_context_to_input(self, item: HiddenContextItem) -> Any:
-        if remembered := ours(item, REMEMBERED_CALL):
+        if remembered := hidden_content(item, REMEMBERED_CALL):
             return remembered
         if not isinstance(item.content, str):
             item = item.model_copy(update={"content": as_json(item.content)})
@@ -1549,8 +1556,8 @@ def model_input(items: str | list[Any], model: str) -> list[Any]:
 def simplified(item: Any) -> Any:
     """Return the item without blank texts, as a string if it holds nothing but texts.
 
-    Not for the assistant: of parts, with an id, openai-agents makes one message with the calls that
-    follow, and keeps their reasoning. Mistral takes ids of nine digits or letters.
+    The assistant's messages stay a list, with an id: only then does openai-agents join them with
+    the calls that follow, and keep their reasoning. Mistral takes ids of nine digits or letters.
     """
     item = {**item}
     if "call_id" in item:
@@ -1614,7 +1621,10 @@ async def warm_up() -> None:
 
 
 async def check_origin(request: Request) -> None:
-    """Refuse the pages of other origins. CORS alone hides the answer, after the request has run."""
+    """Refuse every page whose origin is not in ALLOWED_ORIGINS, this server's own page, too.
+
+    CORS alone hides the answer, after the request has run.
+    """
     origin = request.headers.get("Origin")  # servers and command lines send none
     if origin is not None and origin not in ALLOWED_ORIGINS and "*" not in ALLOWED_ORIGINS:
         raise HTTPException(403, f"The origin {origin:.100} is not one of ALLOWED_ORIGINS.")
@@ -1680,7 +1690,7 @@ async def request_body(request: Request) -> bytes:
 class EventStream(StreamingResponse):
     """The events of a turn, which is stopped when the client leaves.
 
-    Starlette then cancels the response. If that happens while it sends, it forgets the iterator.
+    Starlette then cancels the response. If it sends at that moment, it does not close the iterator.
     """
 
     async def stream_response(self, send: Send) -> None:
