@@ -701,6 +701,7 @@ async def checked_chunks(
     """
     answered = False  # a text or a tool call came
     body = "the stream ended too early"
+    reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # OpenAI's client takes a web page, or an error object as LM Studio's, for an empty stream.
@@ -722,7 +723,7 @@ async def checked_chunks(
                 # LiteLLM keeps every chunk for these, 5 to 8 KB each. It needs the last two.
                 del stream.chunks[:-2]
             for choice in chunk.choices:
-                repair_delta(choice.delta, indexes)
+                repair_delta(choice.delta, reply_id, indexes)
                 answered |= bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
     except Exception as error:
@@ -732,7 +733,7 @@ async def checked_chunks(
     check_end(model, stream, answered, body)
 
 
-def repair_delta(delta: Any, indexes: dict[Any, int]) -> None:
+def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
     """Correct what some providers send.
 
     `indexes` are those of the reply's tool calls, by their ids and by the indexes that came.
@@ -746,6 +747,8 @@ def repair_delta(delta: Any, indexes: dict[Any, int]) -> None:
             new = len({*indexes.values()})
             indexes[call.index] = indexes.setdefault(call.id, new)
         call.index = indexes.get(call.index, call.index)
+        # Some give the same id in each reply, and openai-agents would drop the earlier call.
+        call.id = f"call_{reply_id}_{call.index}"
 
 
 def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
@@ -1434,11 +1437,9 @@ class ToolMemory(RunHooks[Any]):
         for_client = [] if kept == calls else reasoning
         answers = []
         for call in kept:
-            output = shortened(as_text(outputs.get(call["call_id"], STOPPED_CALL)))
-            # Some providers give the same id in each turn, and openai-agents would drop the
-            # earlier call.
-            id = call["call_id"] = secrets.token_hex(16)
             call["arguments"] = as_arguments(call["arguments"])
+            id = call["call_id"]
+            output = shortened(as_text(outputs.get(id, STOPPED_CALL)))
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
         return [*reasoning, *kept, *answers, *for_client] if kept else for_client
 

@@ -13,7 +13,7 @@ from chatkit.agents import AgentContext, ClientToolCall
 from openai.types.shared import Reasoning
 
 from client import Chat, Local, Reading, again, done, message, text_of
-from provider import Silence, Text, Thought, ToolCall, sign
+from provider import Finish, OpenAI, Raw, Silence, Text, Thought, ToolCall, sign
 
 one_provider = pytest.mark.parametrize("provider_name", ["openai"])
 
@@ -146,15 +146,38 @@ def test_a_tool_call_is_told_in_later_turns(custom_chat, provider):
 
 def test_a_provider_that_repeats_its_ids(custom_chat, provider):
     """Some count the calls of each reply, and some demand ids of nine letters or digits."""
-    for text in ("look", "and again"):
-        provider.script[text] = [[ToolCall("stock", {"city": text}, id="call_0")], [Text("Here.")]]
+    oslo, rome, paris = (
+        ToolCall("stock", {"city": city}, id="call_0") for city in ("Oslo", "Rome", "Paris")
+    )
+    provider.script["look"] = [[oslo], [rome], [Text("Here.")]]
+    provider.script["again"] = [[paris], [Text("Here.")]]
+    for text in ("look", "again", "and on"):
         custom_chat.say(text)
-    custom_chat.say("and on")
     found = conversation(provider)
-    assert found[1:3] + found[5:7] == stock("look") + stock("and again")
+    assert found[1:5] + found[7:9] == stock("Oslo") + stock("Rome") + stock("Paris")
     names = r'"(?:id|tool_call_id|tool_use_id)": "(\w+)"'
     ids = re.findall(names, json.dumps(provider.requests[-1].body))
-    assert len(ids) == 4 and all(re.fullmatch("[a-zA-Z0-9]{9}", id) for id in ids)
+    assert len(ids) == 6 and all(re.fullmatch("[a-zA-Z0-9]{9}", id) for id in ids)
+
+
+@one_provider
+@pytest.mark.parametrize("more", [{}, {"id": "chatcmpl-tool-2"}], ids=["none", "new"])
+def test_parts_of_two_calls_that_alternate(custom_chat, provider, more):
+    """Some servers give an id to each part of a call."""
+
+    def part(index: int, arguments: str, **more) -> Raw:
+        call = {"index": index, "function": {"arguments": arguments}} | more
+        return Raw(OpenAI({}).chunk({"tool_calls": [call]}))
+
+    begun = [
+        part(n, "", id=f"call_{n}", function={"name": "stock", "arguments": '{"city": '})
+        for n in (0, 1)
+    ]
+    rest = [part(n, f'"{city}"}}', **more) for n, city in enumerate(("Oslo", "Köln"))]
+    provider.script["look"] = [[*begun, *rest, Finish()], [Text("Here.")]]
+    custom_chat.say("look")
+    told = sorted(conversation(provider)[1:], key=str)
+    assert told == sorted(stock("Oslo") + stock("Köln"), key=str)
 
 
 def test_a_retry_forgets(custom_chat, provider):
