@@ -669,6 +669,10 @@ class ProviderModel(LitellmModel):
         own = (model_settings.reasoning, model_settings.verbosity)
         if own == (default.reasoning, default.verbosity):
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
+        told = model_input(input, self.model)
+        if is_begun_by_another(told, self.model):
+            # After another model's calls, a Claude that thinks refuses to go on with the turn.
+            model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
         known = litellm.get_supported_openai_params(self.model)
         if tools and known and "tools" not in known:
@@ -678,7 +682,7 @@ class ProviderModel(LitellmModel):
             with anyio.fail_after(MODEL_TIMEOUT):
                 fetched = await fetch(
                     system_instructions,
-                    model_input(input, self.model),
+                    told,
                     settings,
                     tools,
                     *args,
@@ -1529,29 +1533,45 @@ def model_input(items: str | list[Any], model: str) -> list[Any]:
     after a tool's output, some servers a list where a text would do, most an empty text, and some
     a tool call without reasoning, as another model's is for them.
     """
-    told: list[Any] = []
+    told: list[Any] = [{}]
     for item in ItemHelpers.input_to_new_input_list(items):
         message = simplified(item)
-        role = message.get("role")
-        is_own = message.get("provider_data", {}).get("model", model) == model
-        if (role and not message["content"]) or (message.get("type") == "reasoning" and not is_own):
+        kind = kind_of(message)
+        is_empty = "role" in message and not message["content"]
+        if is_empty or (kind == "reasoning" and not is_own(message, model)):
             continue
-        while role == "user" and told and told[-1].get("type") == "reasoning":
+        while kind == "user" and kind_of(told[-1]) == "reasoning":
             told.pop()  # the call that it belongs to was never answered
-        last = told[-1] if told else {}
-        after_output = last.get("type") == "function_call_output"
-        is_output = message.get("type") == "function_call_output"
-        begins_step = not is_output and (after_output or last.get("role") == "user")
-        if role and role == last.get("role"):
-            parts = parts_of(last["content"]) + parts_of(message["content"])
+        last = kind_of(told[-1])
+        if kind == last and "role" in message:
+            parts = parts_of(told[-1]["content"]) + parts_of(message["content"])
             message = simplified({**told.pop(), "content": parts})
-        elif role == "user" and after_output:
+        elif kind == "user" and last == "function_call_output":
             told.append({"role": "assistant", "content": "The tool has given its output."})
-        elif begins_step and needs_reasoning(model):
-            # A step of the assistant begins. Reasoning of its own, if it has some, replaces this.
+        elif last in ("user", "function_call_output") and kind != last and needs_reasoning(model):
+            # A step of the model begins. Reasoning of its own, if it has some, replaces this.
             told.append({"type": "reasoning", "summary": [{"text": "-"}]})
         told.append(message)
-    return told
+    return told[1:]
+
+
+def is_begun_by_another(told: list[Any], model: str) -> bool:
+    """Return whether another model has called tools since the user's newest message."""
+    for item in reversed(told):
+        if kind_of(item) == "user":
+            break
+        if not is_own(item, model):
+            return True
+    return False
+
+
+def is_own(item: Any, model: str) -> bool:
+    return item.get("provider_data", {}).get("model", model) == model
+
+
+def kind_of(item: Any) -> Any:
+    """Return user, assistant, reasoning, function_call or function_call_output."""
+    return item.get("role") or item.get("type")
 
 
 def simplified(item: Any) -> Any:
