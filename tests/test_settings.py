@@ -1,7 +1,6 @@
 """Settings, starts that must not happen, keys, models, and the template's five boxes."""
 
 import re
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,14 @@ import pytest
 from client import Chat, Server, done, error_of, load_main, text_of
 
 UNUSABLE = [
-    ("PROVIDER", "gemni", "PROVIDER='gemni' is none of gemini, openai, anthropic, mock."),
+    ("PROVIDER", "gemni", "PROVIDER='gemni' is none of "),
     ("PROVIDER", "groq", "needs MODEL"),
     ("PORT", "http", "PORT='http': Input should be a valid integer"),
     ("PORT", "0", "PORT='0': Input should be greater than 0."),
-    ("MODEL_TIMEOUT", "-1", "MODEL_TIMEOUT='-1': Input should be greater than 0."),
     ("MODEL_TIMEOUT", "nan", "MODEL_TIMEOUT='nan': Input should be greater than 0."),
 ]
-TOKENS = ["alice", "alice:a,bob:a", "alice:a:b", "alice:a,:b", "alice:a,bob:", ","]
-TOKENS += ["alice:tokën", "alice:to\x1bken", "alice:to ken"]
+TOKENS = ["alice", "alice:a,bob:a", "alice:a:b", "alice:a,:b", "alice:a,bob:", ",", "alice:tokën"]
+TOKENS += ["alice:to ken"]
 UNUSABLE += [("CHATKIT_TOKENS", text, "not of the form user:token,user:token") for text in TOKENS]
 
 
@@ -51,18 +49,20 @@ def test_without_a_key_the_provider_is_never_called(servers, provider, main):
     """In one process, whatever a hosting platform sets: each would have threads of its own."""
     server = servers("no_key")
     chat = Chat(server.url)
+    log = "\n".join(server.log)
+    name = re.search(r"INFO:     PROVIDER=(\w+), model ", log)[1]
     error = error_of(chat.say("hello"))
     assert (error.code, error.allow_retry) == ("custom", False)
-    assert "GEMINI_API_KEY" in error.message and "PROVIDER=mock" in error.message
+    assert error.message == main.NO_KEY.message.format(key=f"{name.upper()}_API_KEY")
     assert [text_of(item) for item in chat.items()] == ["hello"] and provider.requests == []
-    log = "\n".join(server.log)
     for once in (
-        f"INFO:     PROVIDER=gemini, model {main.litellm_name('gemini', 'auto')}, no .env.",
-        "WARNING:  LiteLLM misses G",
+        f"INFO:     PROVIDER={name}, model {main.litellm_name(name, 'auto')}, no .env.",
+        "WARNING:  LiteLLM misses ",
         "WARNING:  CHATKIT_TOKENS is not set: anyone who can reach this port can read",
         "Started server process",
     ):
         assert log.count(once) == 1, log
+    log = "\n".join(server.log)
     assert not [noise for noise in ("Traceback", "OUTSIDE", "tracing") if noise in log]
 
 
@@ -90,32 +90,30 @@ def test_which_env_file_is_read(tmp_path, files):
 
 
 @pytest.mark.parametrize(("value", "read"), [("", "of the file"), (" ", "of the file"), ("m", "m")])
-def test_a_blank_variable_is_unset(tmp_path, value, read):
+def test_a_blank_variable_is_unset(tmp_path, main, value, read):
     """Docker compose makes it of an unset one; a blank key would be sent, and traces uploaded."""
     (tmp_path / ".env").write_text("MODEL=of the file\nOPENAI_API_KEY=of the file\nHOST=\n")
     names = ("MODEL", "OPENAI_API_KEY", "OPENAI_AGENTS_DISABLE_TRACING")
     settings = dict.fromkeys(names, value)
     at = "# ---- Settings -"
     keep = {at: f"KEPT = dict(os.environ)\n\n{at}"}
-    main = load_main(tmp_path, settings, keep)
-    assert read == main.MODEL == main.KEPT["OPENAI_API_KEY"] and main.HOST == "0.0.0.0"
-    assert main.KEPT["OPENAI_AGENTS_DISABLE_TRACING"] == (value.strip() or "true")
+    loaded = load_main(tmp_path, settings, keep)
+    assert read == loaded.MODEL == loaded.KEPT["OPENAI_API_KEY"] and loaded.HOST == main.HOST
+    assert loaded.KEPT["OPENAI_AGENTS_DISABLE_TRACING"] == (value.strip() or "true")
     kept = load_main(tmp_path / "no file", settings, keep).KEPT
     assert kept.get("OPENAI_API_KEY", "") == value.strip()
 
 
 # ---- Models ---------------------------------------------------------------------
 
-NAMES = {
-    ("openai", "gpt-4o-mini"): "openai/gpt-4o-mini",
-    ("openai", "openai/gpt-4o-mini"): "openai/gpt-4o-mini",
-    ("openrouter", "anthropic/claude-x"): "openrouter/anthropic/claude-x",
-    ("openrouter", "openrouter/openrouter/auto"): "openrouter/openrouter/auto",  # its own
+NAMES = {  # of a provider and its model
+    ("openai", "model-x"): "openai/model-x",
+    ("openai", "openai/model-x"): "openai/model-x",
+    ("openrouter", "anthropic/model-x"): "openrouter/anthropic/model-x",
 }
-OF_AN_AGENT = {
-    "gpt-4o-mini": "openai/gpt-4o-mini",
-    "openai/gpt-4o-mini": "openai/gpt-4o-mini",
-    "anthropic/claude-sonnet-4-6": "anthropic/claude-sonnet-4-6",
+OF_AN_AGENT = {  # of a server with PROVIDER=openai
+    "model-x": "openai/model-x",
+    "anthropic/model-x": "anthropic/model-x",
 }
 
 
@@ -127,15 +125,6 @@ def test_the_names_of_models(main, monkeypatch):
     for model, name in OF_AN_AGENT.items():
         assert main.ProviderModels().get_model(model).model == name
     assert main.ProviderModels().get_model(None) is main.model
-
-
-@pytest.mark.parametrize("name", ["gemini", "openai", "anthropic"])
-def test_the_default_models_are_alive(main, name):
-    """In LiteLLM's own map, and not past its deprecation date."""
-    model = main.litellm_name(name, "auto")
-    entry = main.litellm.model_cost.get(model) or main.litellm.model_cost[model.partition("/")[2]]
-    assert entry["litellm_provider"] == name and entry.get("supports_system_messages", True)
-    assert entry.get("deprecation_date", "9999") > date.today().isoformat()
 
 
 # ---- The template's five boxes --------------------------------------------------
@@ -151,10 +140,8 @@ def test_the_five_boxes(server, chat, provider):
         chat.say(text)
     state = chat.http.get("/debug/threads").json()[chat.thread_id]
     assert state["count"] == 4 and len({item["id"] for item in state["items"]}) == 4
-    assert [(item["type"], item["content"]) for item in state["items"]] == [
-        ("UserMessageItem", ["one"]),
-        ("AssistantMessageItem", ["You said: one"]),
-        ("UserMessageItem", ["two"]),
-        ("AssistantMessageItem", ["You said: two"]),
-    ]
+    kinds = ["UserMessageItem", "AssistantMessageItem"] * 2
+    texts = [["one"], ["You said: one"], ["two"], ["You said: two"]]
+    assert [item["type"] for item in state["items"]] == kinds
+    assert [item["content"] for item in state["items"]] == texts
     assert ("user", "one") in provider.requests[-1].messages

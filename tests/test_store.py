@@ -7,9 +7,8 @@
 """
 
 import importlib
-import itertools
-import random
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 from chatkit import types
@@ -31,16 +30,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("store", [theirs] if theirs else ours, indirect=True)
 
 
-class InTurns:
-    """Stores of one database, each call with the next of them, as a request goes to any worker."""
-
-    def __init__(self, stores: list):
-        self.stores = itertools.cycle(stores)
-
-    def __getattr__(self, name: str):
-        return getattr(next(self.stores), name)
-
-
 @pytest.fixture
 async def store(request):
     if request.param == "memory":
@@ -52,15 +41,8 @@ async def store(request):
         module, _, factory = request.param.partition(":")
         yield getattr(importlib.import_module(module), factory)()
     else:
-        PostgresStore = request.getfixturevalue("postgres_store").PostgresStore
-        database, pooled = request.getfixturevalue("database"), request.param == "pgbouncer"
-        url = database.pooled() if pooled else database.schema()
-        if not url:
-            pytest.skip("PgBouncer is not on this machine, or the database is that of DATABASE_URL")
-        stores = [PostgresStore(url) for _ in range(2 if pooled else 1)]
-        yield InTurns(stores)
-        for store in stores:
-            await store.close()
+        async for store in importlib.import_module("stores").opened(request):
+            yield store
 
 
 def thread(id: str, **more) -> ThreadMetadata:
@@ -85,22 +67,16 @@ async def items(store, order="asc", limit=1000, context: dict | None = None) -> 
 
 
 async def test_saving_again_replaces_the_thread_where_it_stands(store):
+    """Without items: chatkit's own save_thread calls hand over a Thread, items and all."""
     for number in range(3):
-        await store.save_thread(thread(f"thr_{number}"), {})
+        whole = types.Thread(id=f"thr_{number}", created_at=NOW, items=Page(data=[item("msg_x")]))
+        await store.save_thread(whole, {})
     saved = thread("thr_1", title="new", metadata={"a": [1, None, {"b": 1.5}]})
     await store.save_thread(saved, {})
-    assert await store.load_thread("thr_1", {}) == saved
     page = await store.load_threads(10, None, "asc", {})
     assert page.data == [thread("thr_0"), saved, thread("thr_2")]
-
-
-async def test_a_whole_thread_is_saved_without_its_items(store):
-    """chatkit's own save_thread calls hand over a Thread, items and all."""
-    whole = types.Thread(id="thr_1", created_at=NOW, items=Page(data=[item("msg_x")]))
-    await store.save_thread(whole, {})
-    loaded = await store.load_thread("thr_1", {})
-    assert type(loaded) is ThreadMetadata and loaded == thread("thr_1")
-    assert await items(store) == []
+    assert {type(loaded) for loaded in page.data} == {ThreadMetadata}
+    assert await store.load_thread("thr_1", {}) == saved and await items(store) == []
 
 
 async def test_every_kind_of_item_comes_back_as_it_was_added(store):
@@ -135,31 +111,17 @@ async def test_every_kind_of_item_comes_back_as_it_was_added(store):
     assert [await store.load_item("thr_1", kind.id, {}) for kind in kinds] == kinds
 
 
-TEXTS = {
-    "nul": "NUL \0 and \\u0000",
-    "noncharacters": "\ufffe0 \ufffe1 \ufffe\0",
-    "quotes": "\\\0 \"'%s%(id)s\n\r\t\x7f",
-    "unicode": "😀 \u202eשלום\u202c e\u0301 \u2028 ünïcode",
-}
+TEXTS = ["NUL \0 and \\u0000", "\ufffe0 \ufffe1 \ufffe\0", "\\\0 \"'%s%(id)s\n\r\t\x7f"]
+TEXTS += ["😀 \u202eשלום\u202c e\u0301 \u2028 ünïcode"]
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("text", TEXTS)
 async def test_every_text_comes_back_as_it_was_added(store, text):
     saved = thread("thr_1", title=text, metadata={text: [text]})
     await store.save_thread(saved, {})
     await store.add_thread_item("thr_1", item("msg_1", text), {})
     assert await store.load_thread("thr_1", {}) == saved
     assert await store.load_item("thr_1", "msg_1", {}) == item("msg_1", text)
-
-
-async def test_strange_ids_and_limits(store):
-    await filled(store, 3)
-    for id in ("", "\0", "msg_0\0", "\ufffe0", "' OR 1=1 --", "%s"):
-        for call in (store.load_item("thr_1", id, {}), store.load_thread(id, {})):
-            with pytest.raises(NotFoundError):
-                await call
-    for limit in (1000, 2**31, 2**63, 10**30):
-        assert len(await items(store, limit=limit)) == 3
 
 
 async def test_what_is_missing_is_not_found(store):
@@ -178,31 +140,34 @@ async def test_what_is_missing_is_not_found(store):
         with pytest.raises(NotFoundError, match=f"^{id} not found$" if id else ""):
             await call
     assert (await store.load_thread_items("thr_9", None, 5, "asc", {})).data == []
+    for id in ("", "\0", "msg_0\0", "\ufffe0", "' OR 1=1 --", "%s"):
+        for call in (store.load_item("thr_1", id, {}), store.load_thread(id, {})):
+            with pytest.raises(NotFoundError):
+                await call
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 10, 23])
+@pytest.mark.parametrize("count", [0, 5, 6, 11])
 async def test_pages_show_every_row_once(store, order, count):
     """A page's `after` is its last row's id while there are more, and empty on the last page."""
     await filled(store, count)
     for number in range(count):
         await store.save_thread(thread(f"thr_1{number:03}"), {})
 
-    async def walk(load, expected: list[str]) -> None:
-        seen, after, has_more = [], None, True
-        while has_more:
-            page = await load(after)
-            assert len(page.data) <= 5
-            seen += [row.id for row in page.data]
-            after, has_more = page.after, page.has_more
-            assert has_more == (len(seen) < len(expected))
-            assert after == (page.data[-1].id if has_more else None)
-        assert seen == (expected if order == "asc" else expected[::-1])
-
     ids = [f"msg_{number}" for number in range(count)]
     threads = ["thr_1"] + [f"thr_1{number:03}" for number in range(count)]
-    await walk(lambda after: store.load_thread_items("thr_1", after, 5, order, {}), ids)
-    await walk(lambda after: store.load_threads(5, after, order, {}), threads)
+    for load, expected in (
+        (lambda after: store.load_thread_items("thr_1", after, 5, order, {}), ids),
+        (lambda after: store.load_threads(5, after, order, {}), threads),
+    ):
+        seen, page = [], Page(has_more=True)
+        while page.has_more:
+            page = await load(page.after)
+            assert len(page.data) <= 5
+            seen += [row.id for row in page.data]
+            assert page.has_more == (len(seen) < len(expected))
+            assert page.after == (page.data[-1].id if page.has_more else None)
+        assert seen == (expected if order == "asc" else expected[::-1])
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -222,22 +187,26 @@ async def test_a_page_of_long_rows(request, store, order):
 
 
 async def test_order_is_that_of_adding_whatever_the_timestamps(store):
+    """What is added or saved again stays in its place. After a deletion it is new."""
     await store.save_thread(thread("thr_1"), {})
     ids = [f"msg_{9 - number}" for number in range(10)]
     for number, id in enumerate(ids):
         created_at = NOW + timedelta(seconds=number % 3)
         await store.add_thread_item("thr_1", item(id, created_at=created_at), {})
-    assert await items(store) == ids and await items(store, "desc") == ids[::-1]
-
-
-async def test_adding_or_saving_a_known_id_replaces_it_where_it_stands(store):
-    await filled(store, 3)
     for write in (store.add_thread_item, store.save_item):
-        changed = item("msg_1", f"changed by {write.__name__}")
+        changed = item("msg_5", f"changed by {write.__name__}")
         await write("thr_1", changed, {})
-        assert await store.load_item("thr_1", "msg_1", {}) == changed
-    await store.save_item("thr_1", item("msg_3", "saved first"), {})
-    assert await items(store) == ["msg_0", "msg_1", "msg_2", "msg_3"]
+        assert await store.load_item("thr_1", "msg_5", {}) == changed
+    assert await items(store) == ids and await items(store, "desc") == ids[::-1]
+    await store.delete_thread_item("thr_1", "msg_5", {})
+    for id in ("msg_5", "msg_10"):
+        await store.save_item("thr_1", item(id), {})
+    ids.remove("msg_5")
+    assert await items(store) == [*ids, "msg_5", "msg_10"]
+    page = await store.load_thread_items("thr_1", "msg_0", 5, "asc", {})
+    assert page == Page(data=[item("msg_5"), item("msg_10")])
+    for limit in (2**31, 2**63, 10**30):
+        assert len(await items(store, limit=limit)) == 11
 
 
 async def test_nothing_is_shared_with_the_caller(store):
@@ -252,25 +221,23 @@ async def test_nothing_is_shared_with_the_caller(store):
             await store.load_attachment("atc_1", {}),
         ]
 
-    def change(value) -> None:
+    given = [thread("thr_1", metadata={"a": [1]}), item("msg_1"), ATTACHMENT.model_copy()]
+    await store.save_thread(given[0], {})
+    await store.add_thread_item("thr_1", given[1], {})
+    await store.save_attachment(given[2], {})
+    before = await loaded()
+    for value in (*given, *await loaded()):
         value.id = "changed"
         if isinstance(value, ThreadMetadata):
             value.metadata["a"].append(2)
         elif isinstance(value, AssistantMessageItem):
             value.content[0].text = "changed"
-            value.content.append(AssistantMessageContent(text="more"))
-
-    given = [thread("thr_1", metadata={"a": [1]}), item("msg_1"), ATTACHMENT.model_copy()]
-    before = [value.model_copy(deep=True) for value in given]
-    await store.save_thread(given[0], {})
-    await store.add_thread_item("thr_1", given[1], {})
-    await store.save_attachment(given[2], {})
-    for _ in range(2):
-        for value in (*given, *await loaded()):
-            change(value)
-        (await store.load_thread_items("thr_1", None, 1, "asc", {})).data.clear()
-        (await store.load_threads(1, None, "asc", {})).data.clear()
-        assert await loaded() == [before[0], before[0], before[1], before[1], before[2]]
+    for page in (
+        await store.load_thread_items("thr_1", None, 1, "asc", {}),
+        await store.load_threads(1, None, "asc", {}),
+    ):
+        page.data.clear()
+    assert await loaded() == before
 
 
 async def test_deleting_twice_is_as_good_as_once(store):
@@ -320,39 +287,15 @@ async def test_each_user_sees_their_own_rows_only(store):
 
 async def test_ids_have_chatkits_prefixes_and_do_not_repeat(store):
     """128 random bits: 32 digits of hex, or 22 of base 64. chatkit's 32 bits collide."""
-    kinds = {"message": "msg_", "tool_call": "tc_", "workflow": "wf_", "task": "tsk_"}
-    kinds |= {"attachment": "atc_", "sdk_hidden_context": "shcx_", "thread": "thr_"}
-    for kind, prefix in kinds.items():
-        ids = {
-            store.generate_thread_id({})
-            if kind == "thread"
-            else store.generate_item_id(kind, thread("thr_1"), {})
-            for _ in range(100)
-        }
+    kinds = {
+        "message": "msg_",
+        "tool_call": "tc_",
+        "workflow": "wf_",
+        "sdk_hidden_context": "shcx_",
+    }
+    for kind, prefix in {**kinds, "thread": "thr_"}.items():
+        new_id = partial(store.generate_item_id, kind, thread("thr_1"))
+        new_id = store.generate_thread_id if kind == "thread" else new_id
+        ids = {new_id({}) for _ in range(100)}
         assert len(ids) == 100 and all(id.startswith(prefix) for id in ids)
         assert min(len(id.removeprefix(prefix)) for id in ids) >= 22
-
-
-async def test_a_thousand_steps_at_random(store):
-    """Adds, replacements, deletions and pages, compared with a plain list."""
-    chance = random.Random(7)
-    await store.save_thread(thread("thr_1"), {})
-    expected: dict[str, str] = {}
-    for step in range(1000):
-        id = f"msg_{chance.randrange(60)}"
-        match chance.randrange(4):
-            case 0 | 1:
-                expected[id] = f"text {step}"
-                await store.add_thread_item("thr_1", item(id, expected[id]), {})
-            case 2:
-                expected.pop(id, None)
-                await store.delete_thread_item("thr_1", id, {})
-            case _:
-                order = chance.choice(["asc", "desc"])
-                rows = list(expected.items())[:: 1 if order == "asc" else -1]
-                start = chance.randrange(len(rows) + 1)
-                after = rows[start - 1][0] if start else None
-                page = await store.load_thread_items("thr_1", after, 7, order, {})
-                found = [(row.id, row.content[0].text) for row in page.data]
-                assert found == rows[start : start + 7]
-                assert page.has_more == (start + 7 < len(rows))

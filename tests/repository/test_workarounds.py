@@ -21,7 +21,7 @@ from agents import Agent, ModelSettings, ModelTracing, RunConfig, Runner
 from litellm.litellm_core_utils import core_helpers
 
 from client import NO_TLS, Chat, Server, done, error_of, message, text_of
-from provider import Failure, Silence, Text, Together
+from provider import Failure, Silence, Text
 
 
 @contextmanager
@@ -120,7 +120,7 @@ async def test_every_chunk_is_kept(main, provider, monkeypatch):
 )
 async def test_leaving_between_two_chunks(main, provider, name):
     """LiteLLM, no issue known: a stream that is abandoned then keeps its connection."""
-    provider.script["go"] = [[Together([Text("one "), Text("two "), Text("three ")]), Silence()]]
+    provider.script["go"] = [[[Text("one "), Text("two "), Text("three ")], Silence()]]
     model = main.ProviderModel(name, f"{provider.url}/{name.partition('/')[0]}", "key")
     arguments = (None, "go", ModelSettings(), [], None, [], ModelTracing.DISABLED)
 

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -261,15 +262,12 @@ class Chat:
 
     def items(self) -> list[dict]:
         """All stored items, oldest first, hidden ones left out."""
-        found, after = [], None
-        while True:
-            page = self.get(
-                "items.list", thread_id=self.thread_id, order="asc", limit=50, after=after
-            )
+        found, page = [], {"has_more": True}
+        while page["has_more"]:
+            asked = {"thread_id": self.thread_id, "order": "asc", "after": page.get("after")}
+            page = self.get("items.list", **asked)
             found += page["data"]
-            after = page.get("after")
-            if not page["has_more"]:
-                return found
+        return found
 
     def debug(self) -> list[dict]:
         """All stored items in /debug/threads' shape, hidden ones too."""
@@ -286,27 +284,19 @@ def error_of(events: list):
 
 def done(events: list, type: str = "assistant_message") -> list:
     """The items of this type that the stream completed."""
-    return [
-        event.item
-        for event in events
-        if event.type == "thread.item.done" and event.item.type == type
-    ]
+    items = [event.item for event in events if event.type == "thread.item.done"]
+    return [item for item in items if item.type == type]
 
 
 def text_of(item) -> str:
-    content = (
-        item["content"] if isinstance(item, dict) else [part.model_dump() for part in item.content]
-    )
+    content = item["content"] if isinstance(item, dict) else item.model_dump()["content"]
     return "".join(part["text"] for part in content)
 
 
 def deltas(events: list, item_id: str) -> str:
     """An assistant message's text as its deltas rebuild it."""
-    updates = [
-        event.update
-        for event in events
-        if event.type == "thread.item.updated" and event.item_id == item_id
-    ]
+    updated = [event for event in events if event.type == "thread.item.updated"]
+    updates = [event.update for event in updated if event.item_id == item_id]
     return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
 
 
@@ -353,20 +343,10 @@ def outline(items: list[dict]) -> str:
     return found
 
 
-def say_at_once(url: str, texts: list[str], seconds: float = 20) -> dict[str, list]:
-    """Each text in a thread of its own; the events of the chats that ended in time."""
-    replies = {}
-    threads = [
-        threading.Thread(
-            target=lambda text=text: replies.update({text: Chat(url).say(text)}), daemon=True
-        )
-        for text in texts
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-    return replies
+def say_at_once(url: str, texts: list[str]) -> dict[str, list]:
+    """Each text in a thread of its own; the events of each."""
+    with ThreadPoolExecutor(len(texts)) as pool:
+        return dict(zip(texts, pool.map(lambda text: Chat(url).say(text), texts), strict=True))
 
 
 async def until(true, seconds: float = 5) -> None:
@@ -412,8 +392,8 @@ def again(chat: Chat) -> Chat:
     return Chat(str(chat.http.base_url), thread_id=chat.thread_id)
 
 
-async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
-    """Chats at once; the text that each was sent, or "left" as soon as one delta has come."""
+async def many(url: str, texts: list[str]) -> list[str]:
+    """Chats at once; the text that each was sent."""
 
     async def one(http: httpx.AsyncClient, text: str) -> str:
         body = {"type": "threads.create", "params": {"input": message(text)}}
@@ -421,8 +401,6 @@ async def many(url: str, texts: list[str], leave: bool = False) -> list[str]:
         async with http.stream("POST", "/chatkit", json=body) as response:
             async for line in response.aiter_lines():
                 if '"delta":"' in line:
-                    if leave:
-                        return "left"
                     found += line.split('"delta":"')[1].split('"')[0]
         return found
 
@@ -438,10 +416,11 @@ class Local:
     canned.
     """
 
-    def __init__(self, main, provider=None, store=None, model: str = "openai/gpt-4o", **agent):
+    def __init__(self, main, provider=None, store=None, model: str = "", **agent):
         self.server = main.ChatKitServerImpl(store or main.MemoryStore())
         chosen = main.model
         if provider:
+            model = model or main.litellm_name("openai", "auto")
             url = f"{provider.url}/{model.partition('/')[0]}"
             chosen = main.ProviderModel(model, url, "key-0123456789")
         self.server.agent = main.Agent("Assistant", model=chosen, **agent)
@@ -464,12 +443,11 @@ class Local:
 
     async def answer(self, result) -> list:
         """The events that follow the client's answer to its tool call."""
-        params = {**self.thread, "result": result}
-        turn = (await self.process("threads.add_client_tool_output", **params)).json_events
+        type = "threads.add_client_tool_output"
+        turn = (await self.process(type, result=result, **self.thread)).json_events
         return [EVENT.validate_json(event[6:]) async for event in turn]
 
     async def items(self) -> list:
         """All stored items, hidden ones too, oldest first; [] if the thread is deleted."""
-        store = self.server.store
-        page = await store.load_thread_items(self.thread["thread_id"], None, 1_000, "asc", {})
-        return page.data
+        place = self.thread["thread_id"], None, 1_000, "asc", {}
+        return (await self.server.store.load_thread_items(*place)).data

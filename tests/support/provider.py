@@ -1,15 +1,14 @@
-"""A loopback stand-in for the Gemini, OpenAI and Anthropic HTTP APIs, mainly their streams.
+"""A loopback stand-in for the HTTP APIs of Gemini, OpenAI, Anthropic and Ollama.
 
 One FastAPI app speaks the wire formats, so that LiteLLM's real adapters run against it. A test
-says what the model does in terms common to all, a list of steps, keyed by the text of the user
-message that it answers:
+says what the model does as lists of steps, by the text of the user message that they answer:
 
     provider.script["What is the time?"] = [[Text("Let me look. "), ToolCall("clock")],
                                             [Text("It is noon.")]]
 
-The first list answers the first request that carries this message, the second the
-next (after the tool's output); the last one stays. A message without a script is
-answered with `echo(message)`. Every request is kept in `provider.requests`.
+The first list answers the first request that carries this message, the second the next (after the
+tool's output); the last one stays. Steps in a list of their own are sent in one piece. A message
+without a script is answered with `echo(message)`. Every request is kept in `provider.requests`.
 
 It refuses what the real providers refuse, in their words: `check` of each format, and RULES of
 single servers, each of which has a path of its own. `provider.refused` tells what it was.
@@ -27,10 +26,11 @@ import sys
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -39,18 +39,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 # ---- What a model can do: the steps of a script ---------------------------------
 
 
-@dataclass
-class Text:
-    """One text delta."""
-
-    text: str
-
-
-@dataclass
-class Thought:
-    """One delta of the model's reasoning."""
-
-    text: str
+Text = make_dataclass("Text", ["text"])  # a delta of the reply
+Thought = make_dataclass("Thought", ["text"])  # a delta of the model's reasoning
+Pause = make_dataclass("Pause", ["seconds"])  # nothing comes for so long
+Raw = make_dataclass("Raw", ["body"])  # these bytes, as they are
 
 
 @dataclass
@@ -62,76 +54,50 @@ class ToolCall:
 
 @dataclass
 class Finish:
-    """Why the reply ended: "stop" (what a script without a Finish ends with),
-    "length", "filter" (blocked while answering), or "prompt" (the prompt was blocked)."""
+    """Why the reply ends: "stop" (as a script without a Finish does), "length", "filter" (blocked
+    while answering), or "prompt" (the prompt was blocked)."""
 
     reason: str = "stop"
 
 
 class Silence:
-    """Send nothing more, until the client leaves or `end` is set."""
+    """Nothing more comes, until the client leaves or `end` is set."""
 
     def __init__(self):
         self.end = threading.Event()
 
 
-@dataclass
-class Pause:
-    """Send nothing for some seconds."""
-
-    seconds: float
-
-
 class Cut:
-    """Drop the connection in the middle of the body."""
-
-
-class Reset:
-    """Reset the connection before a byte of the answer. It is the only step."""
-
-
-@dataclass
-class Together:
-    """These steps in one piece, so that they arrive together."""
-
-    steps: list
-
-
-@dataclass
-class Raw:
-    """These bytes, as they are."""
-
-    body: bytes
-
-
-@dataclass
-class Body:
-    """The whole answer in the provider's own bytes.
-
-    Each piece is sent on its own; one that is no bytes is sent as JSON. With `cut` the connection
-    is dropped before the body's end.
-    """
-
-    pieces: list
-    status: int = 200
-    type: str = "text/event-stream"
-    cut: bool = False
-
-
-@dataclass
-class Failure:
-    """The whole answer is an error, in the provider's own words.
-
-    `kind` is one of the format's `errors`, or of BODIES. A status here replaces the usual one.
-    """
-
-    kind: str
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    """The connection is dropped in the middle of the body."""
 
 
 class Stream(str):
     """A provider's error inside a stream that began well: `kind` as of Failure."""
+
+
+# One of these is a whole answer.
+
+
+class Reset:
+    """The connection is reset before a byte of the answer."""
+
+
+@dataclass
+class Body:
+    """One piece: bytes, or what is sent as JSON."""
+
+    pieces: list
+    status: int = 200
+    type: str = "text/event-stream"
+
+
+@dataclass
+class Failure:
+    """An error in the provider's own words: one of its format's `errors`, or of BODIES."""
+
+    kind: str
+    status: int | None = None  # in place of the usual one
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 SECRET = "https://internal.example/v1?key=sk-secret"
@@ -145,8 +111,6 @@ def echo(message: str) -> list:
 
 # ---- The wire formats -----------------------------------------------------------
 
-Refusal = tuple[int, dict]  # the status and the body
-
 
 def table(text: str) -> dict[str, tuple[int, str | None, str]]:
     """{kind: (status, the provider's code, its text)} of lines. The code "-" is null."""
@@ -159,11 +123,6 @@ def sse(data, event: str = "") -> bytes:
     return f"{head}data: {json.dumps(data)}\n\n".encode()
 
 
-def error(message: str, code: Any = None, type: str = "invalid_request_error", **more) -> dict:
-    """An error in OpenAI's form."""
-    return {"error": {"message": message, "type": type, "param": None, "code": code, **more}}
-
-
 def is_blank(content: str | list | None) -> bool:
     """Whether a message's content in OpenAI's or Anthropic's format has no text, or a blank one."""
     parts = [{"text": content}] if isinstance(content, str) else content
@@ -174,11 +133,33 @@ def as_tool(part: dict) -> tuple[str, str]:
     return "tool", json.dumps(part, sort_keys=True)
 
 
-class Gemini:
-    """https://ai.google.dev/api/generate-content: POST models/…:streamGenerateContent?alt=sse"""
+class Format:
+    """What a provider reads and writes, for one request.
+
+    A subclass has `errors`, `check` (what is wrong with a request, or ""), `fault` (an error),
+    `step` (the bytes of a step), `complete` (a reply that does not stream), `messages` ((role,
+    text) of each part; a tool call, its output and an image count as "tool") and `instructions`.
+    """
 
     type = "text/event-stream"
-    errors: ClassVar = table("""
+    errors: ClassVar[dict[str, tuple[int, str | None, str]]]
+
+    def __init__(self, body: dict):
+        self.calls = 0
+        self.with_usage = (body.get("stream_options") or {}).get("include_usage")
+
+    def error(self, kind: str, more: str = "") -> dict:
+        status, code, message = self.errors[kind]
+        return self.fault(f"{message} {SECRET}{more}", code, status)
+
+    def begin(self) -> bytes:
+        return b""
+
+
+class Gemini(Format):
+    """https://ai.google.dev/api/generate-content: POST models/…:streamGenerateContent?alt=sse"""
+
+    errors = table("""
         key       400 INVALID_ARGUMENT API key not valid. Please pass a valid API key.
         forbidden 403 PERMISSION_DENIED Your API key does not have permission.
         model     404 NOT_FOUND models/nope is not found for API version v1beta.
@@ -192,58 +173,47 @@ class Gemini:
     usage: ClassVar = {"promptTokenCount": 7, "candidatesTokenCount": 3, "totalTokenCount": 10}
     about: ClassVar = {"usageMetadata": usage, "modelVersion": "gemini", "responseId": "resp-1"}
 
-    def __init__(self, body: dict):
-        pass
-
-    def error(self, kind: str, more: str = "") -> dict:
-        status, state, message = self.errors[kind]
-        return {"error": {"code": status, "message": f"{message} {SECRET}{more}", "status": state}}
+    def fault(self, message: str, code: str = "INVALID_ARGUMENT", status: int = 400) -> dict:
+        return {"error": {"code": status, "message": message, "status": code}}
 
     @staticmethod
-    def check(body: dict) -> Refusal | None:
-        def refused(message: str) -> Refusal:
-            return 400, {"error": {"code": 400, "message": message, "status": "INVALID_ARGUMENT"}}
-
+    def check(body: dict) -> str:
         role, before = "", 0  # the role and the number of calls of the content before
         unsigned = False  # whether a call after the user's last text has no signature
         for number, content in enumerate(body["contents"]):
-            parts, fault = content["parts"], ""
+            parts = content["parts"]
             calls = [part for part in parts if "function_call" in part]
             outputs = sum("function_response" in part for part in parts)
             if not role and content["role"] != "user":
-                fault = "multiturn requests begin with a user turn"
-            elif calls and role != "user":
-                fault = "function call turn comes immediately after a user turn"
-            elif bool(outputs) != bool(before):
-                fault = "function response turn comes immediately after a function call turn"
-            elif outputs != before:
-                fault = "the number of function response parts is equal to the number of function"
-                fault += " call parts of the function call turn"
-            if fault:
-                return refused(f"Please ensure that {fault}.")
+                return "Please ensure that multiturn requests begin with a user turn."
+            if calls and role != "user":
+                return "Please ensure that function call turn comes immediately after a user turn."
+            if outputs and not before:
+                return "A function response turn comes immediately after a function call turn."
+            if outputs != before:
+                return (
+                    "Please ensure that the number of function response parts is equal to the"
+                    " number of function call parts of the function call turn."
+                )
             if not parts or any(part.get("text") == "" for part in parts):
                 place = f"GenerateContentRequest.contents[{number}].parts[0].data"
-                return refused(f"* {place}: required oneof field 'data' must be initialized")
+                return f"* {place}: required oneof field 'data' must be initialized"
             if content["role"] == "user" and any("text" in part for part in parts):
                 unsigned = False
             unsigned = unsigned or bool(calls and "thoughtSignature" not in calls[0])
             role, before = content["role"], len(calls)
         names = [f["name"] for tool in body.get("tools", []) for f in tool["function_declarations"]]
         if len(set(names)) < len(names):
-            return refused(f"Duplicate function declaration found: {names}")
+            return f"Duplicate function declaration found: {names}"
         if unsigned:
-            return refused("Function call is missing a thought_signature in functionCall parts.")
-        return refused("Requests end with a user role or a function response.") if before else None
+            return "Function call is missing a thought_signature in functionCall parts."
+        return "Requests end with a user role or a function response." if before else ""
 
     def chunk(self, parts: list | None = None, **candidate) -> bytes:
         candidate = {"content": {"parts": parts or [], "role": "model"}, "index": 0, **candidate}
         return sse({"candidates": [candidate], **self.about})
 
-    def begin(self) -> bytes:
-        return b""
-
     def complete(self, text: str) -> dict:
-        """The answer to a request that does not stream."""
         return json.loads(self.chunk([{"text": text}], finishReason="STOP").removeprefix(b"data: "))
 
     def step(self, step) -> bytes:
@@ -261,17 +231,13 @@ class Gemini:
                 feedback = {"blockReason": "SAFETY", "safetyRatings": []}
                 return sse({"promptFeedback": feedback, **self.about})
             case Finish("filter"):
-                rating = {"category": "HARM_CATEGORY_HARASSMENT", "probability": "HIGH"}
-                ratings = [{**rating, "blocked": True}]
-                candidate = {"finishReason": "SAFETY", "index": 0, "safetyRatings": ratings}
-                return sse({"candidates": [candidate], **self.about})
+                return sse({"candidates": [{"finishReason": "SAFETY", "index": 0}], **self.about})
             case Finish(reason):
                 names = {"stop": "STOP", "length": "MAX_TOKENS"}
                 return self.chunk([{"text": ""}], finishReason=names[reason])
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
-        """(role, text) of each part: a tool call, its output and an image count as "tool"."""
         roles = {"model": "assistant", "user": "user"}
         return [
             (roles[content["role"]], part["text"]) if "text" in part else as_tool(part)
@@ -284,77 +250,57 @@ class Gemini:
         return "".join(part["text"] for part in body.get("system_instruction", {}).get("parts", []))
 
 
-class OpenAI:
+class OpenAI(Format):
     """https://platform.openai.com/docs/api-reference/chat/streaming: POST chat/completions"""
 
-    type = "text/event-stream"
-    errors: ClassVar = table("""
+    errors = table("""
         key       401 invalid_api_key Incorrect API key provided: sk-secret.
         forbidden 403 unsupported_country_region_territory Country, region, or territory not\
  supported
         project   403 model_not_found Project `proj_1` does not have access to model `gpt-4o`
-        model     404 model_not_found The model `nope` does not exist or you do not have access to\
- it.
+        model     404 model_not_found The model `nope` does not exist or you have no access to it.
         rate      429 rate_limit_exceeded Rate limit reached for gpt-4o.
         tpm       429 rate_limit_exceeded Request too large for gpt-4o in organization org-1 on\
- tokens per min (TPM): Limit 30000, Requested 40000. The input or output tokens must be reduced in\
- order to run successfully.
-        tpm-groq  413 rate_limit_exceeded Request too large for model `llama-3.3-70b-versatile` in\
- organization `org_1` service tier `on_demand` on tokens per minute (TPM): Limit 12000, Requested\
- 40000, please reduce your message size and try again.
-        quota     429 insufficient_quota You exceeded your current quota, please check your plan\
- and billing details.
-        long      400 context_length_exceeded This model's maximum context length is 128000 tokens.\
- However, your messages resulted in 130000 tokens.
+ tokens per min (TPM): Limit 30000, Requested 40000.
+        tpm-groq  413 rate_limit_exceeded Request too large for model `llama-3.3-70b-versatile` on\
+ tokens per minute (TPM): Limit 12000, Requested 40000, please reduce your message size.
+        quota     429 insufficient_quota You exceeded your current quota.
+        long      400 context_length_exceeded This model's maximum context length is 128000 tokens.
         policy    400 content_policy_violation Your request was rejected by our safety system.
         flagged   400 invalid_prompt Invalid prompt: your prompt was flagged as potentially\
  violating our usage policy. Please try again with a different prompt:
         azure     400 content_filter The response was filtered due to the prompt triggering Azure\
  OpenAI's content management policy. Please modify your prompt and retry.
-        tool      400 tool_use_failed Failed to call a function. Please adjust your prompt. See\
- 'failed_generation' for more details.
-        image     400 invalid_image_format You uploaded an unsupported image. Please make sure your\
- image has of one the following formats: ['png', 'jpeg', 'gif', 'webp'].
+        tool      400 tool_use_failed Failed to call a function. See 'failed_generation'.
+        image     400 invalid_image_format You uploaded an unsupported image.
         server    503 - The server is overloaded or not ready yet.
     """)
     about: ClassVar = {"id": "chatcmpl-1", "created": 1, "model": "gpt-4o-2024-11-20"}
     usage: ClassVar = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     thought = "reasoning_content"  # where a delta has it
-    ids = "call_{}"
 
-    def __init__(self, body: dict):
-        self.calls = 0
-        self.with_usage = (body.get("stream_options") or {}).get("include_usage")
-
-    def error(self, kind: str, more: str = "") -> dict:
-        _, code, message = self.errors[kind]
+    def fault(self, message: str, code: str | None = None, status: int = 400) -> dict:
         types = {"rate_limit_exceeded": "tokens", "insufficient_quota": "insufficient_quota"}
-        return error(f"{message} {SECRET}{more}", code, types.get(code, "invalid_request_error"))
+        type = types.get(code, "invalid_request_error")
+        return {"error": {"message": message, "type": type, "param": None, "code": code}}
 
     @staticmethod
-    def check(body: dict) -> Refusal | None:
+    def check(body: dict) -> str:
         waiting: set[str] = set()  # for the outputs of these calls
         end = {"role": "the end", "content": "."}
         for number, message in enumerate([*body["messages"], end]):
-            place = f"messages[{number}]"
-            if message["role"] == "tool" and message["tool_call_id"] in waiting:
+            if message["role"] == "tool":
+                if message["tool_call_id"] not in waiting:
+                    return "messages with role 'tool' must be a response to a preceeding message."
                 waiting.remove(message["tool_call_id"])
                 continue
-            if message["role"] == "tool":
-                words = "must be a response to a preceeding message with 'tool_calls'."
-                return 400, error(f"messages with role 'tool' {words}", param=f"{place}.role")
             if waiting:
-                return 400, error(
-                    "An assistant message with 'tool_calls' must be followed by tool messages"
-                    " responding to each 'tool_call_id'. The following tool_call_ids did not have"
-                    f" response messages: {', '.join(sorted(waiting))}",
-                    param=f"{place}.role",
-                )
+                return f"These tool_call_ids did not have response messages: {waiting}"
             waiting = {call["id"] for call in message.get("tool_calls") or ()}
             if is_blank(message.get("content")) and not waiting:
-                words = f"Invalid '{place}.content': expected a text, but got an empty string."
-                return 400, error(words, "empty_string", param=f"{place}.content")
-        return None
+                place = f"messages[{number}].content"
+                return f"Invalid '{place}': expected a text, but got an empty string."
+        return ""
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -369,6 +315,9 @@ class OpenAI:
         kind = "chat.completion"
         return {**self.about, "object": kind, "choices": [choice], "usage": self.usage}
 
+    def new_id(self, step: ToolCall) -> str:
+        return step.id or f"call_{time.time_ns()}"
+
     def step(self, step) -> bytes:
         match step:
             case Text(text):
@@ -376,8 +325,7 @@ class OpenAI:
             case Thought(text):
                 return self.chunk({self.thought: text})
             case ToolCall(name, arguments):
-                id = step.id or self.ids.format(str(time.time_ns())[-9:])
-                call = {"id": id, "type": "function"}
+                call = {"id": self.new_id(step), "type": "function"}
                 call |= {"index": self.calls, "function": {"name": name, "arguments": ""}}
                 text = json.dumps(arguments)
                 halves = [text[: len(text) // 2], text[len(text) // 2 :]]
@@ -416,11 +364,10 @@ class OpenAI:
         )
 
 
-class Anthropic:
+class Anthropic(Format):
     """https://docs.anthropic.com/en/api/messages-streaming: POST v1/messages"""
 
-    type = "text/event-stream"
-    errors: ClassVar = table("""
+    errors = table("""
         key        401 authentication_error invalid x-api-key
         forbidden  403 permission_error Your API key does not have permission to use the resource.
         model      404 not_found_error model: nope
@@ -434,22 +381,17 @@ class Anthropic:
     about: ClassVar = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude"}
 
     def __init__(self, body: dict):
-        self.calls = 0
+        super().__init__(body)
         self.block: str | None = None
         self.thinking = ""
         self.index = -1
 
-    def error(self, kind: str, more: str = "") -> dict:
-        _, name, message = self.errors[kind]
-        fault = {"type": name, "message": f"{message} {SECRET}{more}"}
-        return {"type": "error", "error": fault, "request_id": "req_1"}
+    def fault(self, message: str, code: str = "invalid_request_error", status: int = 400) -> dict:
+        error = {"type": code, "message": message}
+        return {"type": "error", "error": error, "request_id": "req_1"}
 
     @staticmethod
-    def check(body: dict) -> Refusal | None:
-        def refused(message: str) -> Refusal:
-            fault = {"type": "invalid_request_error", "message": message}
-            return 400, {"type": "error", "error": fault, "request_id": "req_1"}
-
+    def check(body: dict) -> str:
         waiting: set[str] = set()  # for the results of these calls
         used: set[str] = set()
         turn: list[str] = []  # the types of the assistant's blocks since the user's last text
@@ -465,8 +407,7 @@ class Anthropic:
             elif results - waiting:
                 fault = f"unexpected `tool_use_id` found in `tool_result` blocks: {results}"
             elif waiting - results or "tool_result" in types[len(results) :]:
-                fault = "`tool_use` ids were found without `tool_result` blocks immediately after:"
-                fault += f" {waiting}"
+                fault = "`tool_use` ids were found without `tool_result` blocks immediately after"
             elif is_blank(blocks):
                 fault = "text content blocks must contain non-whitespace text"
             elif len(calls) < types.count("tool_use") or calls & used:
@@ -474,7 +415,7 @@ class Anthropic:
             elif any(block["signature"] != sign(block["thinking"]) for block in thoughts):
                 fault = "Invalid `signature` in `thinking` block"
             if fault:
-                return refused(f"messages.{number}: {fault}")
+                return f"messages.{number}: {fault}"
             waiting, used = calls, used | calls
             if role == "assistant":
                 turn += types
@@ -482,15 +423,11 @@ class Anthropic:
                 turn = []
         names = [tool["name"] for tool in body.get("tools", [])]
         if len(set(names)) < len(names):
-            return refused("tools: Tool names must be unique.")
+            return "tools: Tool names must be unique."
         budget = (body.get("thinking") or {}).get("budget_tokens")
         if budget and turn[-1:] == ["tool_use"] and "thinking" not in turn[0]:
-            return refused(
-                f"messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found"
-                f" `{turn[0]}`. When `thinking` is enabled, a final `assistant` message must start"
-                " with a thinking block."
-            )
-        return None
+            return "When `thinking` is enabled, a final `assistant` message must start with it."
+        return ""
 
     @staticmethod
     def blocks(message: dict) -> list[dict]:
@@ -574,21 +511,18 @@ class Ollama(OpenAI):
 
     type = "application/x-ndjson"
 
-    def error(self, kind: str, more: str = "") -> dict:
-        return {"error": f"{self.errors[kind][2]} {SECRET}{more}"}
+    def fault(self, message: str, code: str | None = None, status: int = 400) -> dict:
+        return {"error": message}
 
     @staticmethod
-    def check(body: dict) -> Refusal | None:
-        for message in body["messages"]:
-            if not isinstance(message.get("content", ""), str):
-                words = "json: cannot unmarshal array into Go struct field of type string"
-                return 400, {"error": words}
-        return None
+    def check(body: dict) -> str:
+        if any(not isinstance(message.get("content", ""), str) for message in body["messages"]):
+            return "json: cannot unmarshal array into Go struct field of type string"
+        return ""
 
-    def line(self, content: str, done: bool = False, **more) -> bytes:
-        message = {"role": "assistant", "content": content}
-        message |= {name: more.pop(name) for name in ("thinking", "tool_calls") if name in more}
-        line = {"model": "llama3.2", "message": message, "done": done, **more}
+    def line(self, message: dict, **more) -> bytes:
+        message = {"role": "assistant", "content": "", **message}
+        line = {"model": "llama3.2", "message": message, "done": False, **more}
         return json.dumps(line).encode() + b"\n"
 
     def begin(self) -> bytes:
@@ -597,206 +531,128 @@ class Ollama(OpenAI):
     def step(self, step) -> bytes:
         match step:
             case Text(text):
-                return self.line(text)
+                return self.line({"content": text})
             case Thought(text):
-                return self.line("", thinking=text)
+                return self.line({"thinking": text})
             case ToolCall(name, arguments):
                 function = {"index": self.calls, "name": name, "arguments": arguments}
                 self.calls += 1
-                id = self.ids.format(str(time.time_ns())[-9:])
-                return self.line("", tool_calls=[{"id": id, "function": function}])
+                return self.line({"tool_calls": [{"id": self.new_id(step), "function": function}]})
             case Finish(reason):
-                return self.line("", True, done_reason=reason, prompt_eval_count=7, eval_count=3)
+                usage = {"prompt_eval_count": 7, "eval_count": 3}
+                return self.line({}, done=True, done_reason=reason, **usage)
 
 
 class Responses(OpenAI):
     """https://platform.openai.com/docs/api-reference/responses-streaming: POST responses"""
 
-    def __init__(self, body: dict):
-        super().__init__(body)
-        self.number = -1
-        self.text = ""
-
     @staticmethod
-    def check(body: dict) -> Refusal | None:
-        ids: dict[str, set[str]] = {"function_call": set(), "function_call_output": set()}
-        for item in body["input"] if isinstance(body["input"], list) else []:
-            if item.get("type") in ids:
-                ids[item["type"]].add(item["call_id"])
-        calls, outputs = ids.values()
+    def check(body: dict) -> str:
+        items = body["input"] if isinstance(body["input"], list) else []
+        calls, outputs = (
+            {item["call_id"] for item in items if item.get("type") == kind}
+            for kind in ("function_call", "function_call_output")
+        )
         if calls - outputs:
-            return 400, error(f"No tool output found for function call {calls - outputs}.")
+            return f"No tool output found for function call {calls - outputs}."
         if outputs - calls:
-            return 400, error(f"No tool call found for function call output {outputs - calls}.")
-        return None
-
-    def event(self, type: str, **more) -> bytes:
-        self.number += 1
-        return sse({"type": type, "sequence_number": self.number, **more}, type)
-
-    def response(self, status: str, output: list, **more) -> dict:
-        response = {"id": "resp_1", "object": "response", "created_at": 1, "model": "gpt-5-codex"}
-        response |= dict.fromkeys(("error", "incomplete_details", "instructions"))
-        response |= {
-            "metadata": {},
-            "tools": [],
-            "tool_choice": "auto",
-            "parallel_tool_calls": True,
-        }
-        return {
-            **response,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "status": status,
-            "output": output,
-            **more,
-        }
-
-    def message(self, status: str) -> dict:
-        content = [{"type": "output_text", "text": self.text, "annotations": []}]
-        message = {"id": "msg_1", "type": "message", "role": "assistant", "status": status}
-        return {**message, "content": content if self.text else []}
+            return f"No tool call found for function call output {outputs - calls}."
+        return ""
 
     def begin(self) -> bytes:
-        item = self.message("in_progress")
-        created = self.event("response.created", response=self.response("in_progress", []))
-        return created + self.event("response.output_item.added", output_index=0, item=item)
+        return b""
 
     def step(self, step) -> bytes:
         match step:
             case Text(text):
-                self.text += text
                 place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
-                return self.event("response.output_text.delta", **place, delta=text, logprobs=[])
-            case Finish(reason):
-                usage = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}
-                usage["input_tokens_details"] = {"cached_tokens": 0}
-                usage["output_tokens_details"] = {"reasoning_tokens": 0}
-                status, more = "completed", {"usage": usage}
-                if reason == "length":
-                    status, more = "incomplete", {"reason": "max_output_tokens"}
-                    more = {"incomplete_details": more}
-                item = self.message(status)
-                done = self.event("response.output_item.done", output_index=0, item=item)
-                response = self.response(status, [item], **more)
-                return done + self.event(f"response.{status}", response=response)
+                data = {"type": "response.output_text.delta", "delta": text, **place}
+            case Finish():
+                response = {"id": "resp_1", "object": "response", "created_at": 1, "output": []}
+                response |= {"model": "gpt-5-codex", "status": "completed", "tools": []}
+                response |= {"tool_choice": "auto", "parallel_tool_calls": True}
+                response["usage"] = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}
+                data = {"type": "response.completed", "response": response}
+        return sse(data, data["type"])
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
         if isinstance(body["input"], str):
             return [("user", body["input"])]
-        messages = [{"role": "tool", **item} for item in body["input"]]
-        return OpenAI.messages({"messages": messages})
-
-    @staticmethod
-    def instructions(body: dict) -> str:
-        return body.get("instructions", "")
+        return OpenAI.messages({"messages": [{"role": "tool", **item} for item in body["input"]]})
 
 
 # ---- What single servers refuse, beside their format ----------------------------
 
 
-def alternating(body: dict) -> Refusal | None:
+def alternating(body: dict) -> str:
     """vLLM with a chat template as Mistral's or Gemma's. Calls and outputs do not count."""
     messages = [message for message in body["messages"] if message["role"] != "system"]
     roles = [m["role"] for m in messages if m["role"] != "tool" and not m.get("tool_calls")]
     if all(role == ("user", "assistant")[number % 2] for number, role in enumerate(roles)):
-        return None
-    words = "After the optional system message, conversation roles must alternate user/assistant"
-    return 400, error(f"{words}/user/assistant/...", 400, "BadRequestError")
+        return ""
+    return "After the optional system message, conversation roles must alternate user/assistant"
 
 
-def strings(body: dict) -> Refusal | None:
+def strings(body: dict) -> str:
     """Servers whose messages are strings."""
     for number, message in enumerate(body["messages"]):
         if isinstance(message.get("content"), list):
-            place = ["body", "messages", number, "content"]
-            fault = {"type": "string_type", "loc": place, "msg": "Input should be a valid string"}
-            return 422, {"detail": [{**fault, "input": message["content"]}]}
-    return None
+            return f"body.messages.{number}.content: Input should be a valid string"
+    return ""
 
 
-def groq(body: dict) -> Refusal | None:
+def groq(body: dict) -> str:
     for number, message in enumerate(body["messages"]):
         place, role = f"messages.{number}", message["role"]
-        fault = ""
         if isinstance(message.get("content"), list) and role in ("system", "assistant"):
-            fault = f"'{place}.content' : value must be a string"
+            return f"'{place}' : for 'role:{role}' the content must be a string"
         if "reasoning_content" in message:
-            fault = f"'{place}' : property 'reasoning_content' is unsupported"
-        if fault:
-            words = f"for 'role:{role}' the following must be satisfied"
-            return 400, error(f"'{place}' : {words}[({fault})]")
-    return None
+            return f"'{place}' : property 'reasoning_content' is unsupported"
+    return ""
 
 
-def mistral(body: dict) -> Refusal | None:
-    def refused(message: Any, type: str, code: str | None, status: int = 400) -> Refusal:
-        fault = {"object": "error", "message": message, "type": type}
-        return status, {**fault, "param": None, "code": code}
-
-    order = "invalid_request_message_order"
+def mistral(body: dict) -> str:
     known = {"role", "content", "tool_calls", "tool_call_id", "name", "prefix"}
     previous = ""
     for number, message in enumerate(body["messages"]):
         role, calls = message["role"], message.get("tool_calls") or []
         for name in set(message) - known:
-            fault = {"type": "extra_forbidden", "loc": ["body", "messages", number, role, name]}
-            fault["msg"] = "Extra inputs are not permitted"
-            return refused({"detail": [fault]}, "invalid_request_error", None, 422)
+            return f"messages.{number}.{role}.{name}: Extra inputs are not permitted"
         for id in [message.get("tool_call_id"), *(call["id"] for call in calls)]:
             if id and not re.fullmatch("[a-zA-Z0-9]{9}", id):
-                words = f"Tool call id was {id} but must be a-z, A-Z, 0-9, with a length of 9."
-                return refused(words, "invalid_function_call", "3280")
+                return f"Tool call id was {id} but must be a-z, A-Z, 0-9, with a length of 9."
         if role == "user" and previous == "tool":
-            return refused("Unexpected role 'user' after role 'tool'", order, "3230")
+            return "Unexpected role 'user' after role 'tool'"
         if role == "assistant" and not calls and is_blank(message.get("content")):
-            words = "Assistant message must have either content or tool_calls, but not none."
-            return refused(words, "invalid_request_assistant_message", "3240")
+            return "Assistant message must have either content or tool_calls, but not none."
         previous = role
     if previous not in ("user", "tool"):
-        words = "Expected last role User or Tool (or Assistant with prefix True) for serving"
-        return refused(f"{words} but got {previous}", order, "3230")
+        return f"Expected last role User or Tool for serving but got {previous}"
     if OpenAI.check(body):
-        return refused("Not the same number of function calls and responses", order, "3230")
-    return None
+        return "Not the same number of function calls and responses"
+    return ""
 
 
-def without_reasoning(body: dict) -> int | None:
-    """The number of a message with calls and without reasoning, though the model thinks."""
+def kimi(body: dict) -> str:
+    """Kimi and DeepSeek, while they think: each call comes with its reasoning."""
     thinks = not re.match("deepseek-chat|moonshot-v1", body["model"])
     if not thinks or body.get("thinking") == {"type": "disabled"}:
-        return None
+        return ""
     for number, message in enumerate(body["messages"]):
         if message.get("tool_calls") and not message.get("reasoning_content"):
-            return number
-    return None
-
-
-def deepseek(body: dict) -> Refusal | None:
-    if without_reasoning(body) is None:
-        return None
-    words = "The `reasoning_content` in the thinking mode must be passed back to the API."
-    return 400, error(words, "invalid_request_error")
-
-
-def kimi(body: dict) -> Refusal | None:
-    number = without_reasoning(body)
-    if number is None:
-        return None
-    words = "thinking is enabled but reasoning_content is missing in assistant tool call message"
-    return 400, error(f"{words} at index {number}")
+            return f"reasoning_content is missing in assistant tool call message at index {number}"
+    return ""
 
 
 # By the first part of the path. A test may change `provider.rules`; it is reset after each.
-RULES: dict[str, tuple[Callable[[dict], Refusal | None], ...]] = {
+RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
     "openai": (),
     "openrouter": (),
     "own": (),  # for OPENAI_BASE_URL
     "groq": (groq,),
     "mistral": (mistral,),
-    "deepseek": (deepseek,),
-    "moonshot": (kimi,),
+    "deepseek": (kimi,),
     "vllm": (alternating,),
 }
 
@@ -805,19 +661,15 @@ RULES: dict[str, tuple[Callable[[dict], Refusal | None], ...]] = {
 
 def quota(period: str, limit: int) -> dict:
     """Gemini's quotas differ in the details only."""
-    metric = "generativelanguage.googleapis.com/generate_content_free_tier_requests"
-    id = f"GenerateRequestsPer{period}PerProjectPerModel-FreeTier"
-    google = "type.googleapis.com/google.rpc"
-    violations = [{"quotaMetric": metric, "quotaId": id}]
-    details = [{"@type": f"{google}.QuotaFailure", "violations": violations}]
-    details += [{"@type": f"{google}.RetryInfo", "retryDelay": "34s"}]
     words = "You exceeded your current quota, please check your plan and billing details."
-    words += f"\n* Quota exceeded for metric: {metric}, limit: {limit}\nPlease retry in 34.07s."
+    words += f"\n* Quota exceeded for metric: generate_requests, limit: {limit}"
+    violation = {"quotaId": f"GenerateRequestsPer{period}PerProjectPerModel-FreeTier"}
+    details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}]
     fault = {"code": 429, "message": words, "status": "RESOURCE_EXHAUSTED", "details": details}
     return {"error": fault}
 
 
-def plain(message: str, code: Any) -> dict:
+def plain(message: str, code: str | int) -> dict:
     return {"error": {"message": message, "code": code}}
 
 
@@ -845,19 +697,17 @@ BODIES: dict[str, tuple[int, dict | str]] = {  # kind: the status, the body
 
 @dataclass
 class Seen:
-    """One request as the provider saw it; `closed` is set when its answer is over,
-    `complete` says whether all of it was sent."""
+    """One request as the provider saw it; `closed` is set when its answer is over."""
 
     format: type
     body: dict
     headers: dict
     path: str
     closed: threading.Event = field(default_factory=threading.Event)
-    complete: bool = False
 
     @property
     def key(self) -> str:
-        names = ("x-goog-api-key", "x-api-key", "authorization", "api-key")
+        names = ("x-goog-api-key", "x-api-key", "authorization")
         keys = [self.headers[name] for name in names if name in self.headers]
         return keys[0].removeprefix("Bearer ") if keys else ""
 
@@ -894,7 +744,6 @@ class Provider:
         self.asked = threading.Event()
         self.answer = answer
         self.per_second = per_second
-        self.keep = True
         self.app = FastAPI()
         for route, format in {
             "/gemini/models/{model}:streamGenerateContent": Gemini,
@@ -902,7 +751,6 @@ class Provider:
             "/anthropic/v1/messages": Anthropic,
             "/ollama/api/chat": Ollama,
             "/openai/responses": Responses,
-            # OpenAI's route, and Azure's: openai/deployments/{model}/chat/completions
             **{f"/{name}/{{path:path}}chat/completions": OpenAI for name in RULES},
         }.items():
             self.app.add_route(route, partial(self.respond, format), ["POST"])
@@ -917,73 +765,47 @@ class Provider:
 
     async def respond(self, format, request: Request):
         seen = Seen(format, await request.json(), dict(request.headers), str(request.url))
-        if self.keep:
-            self.requests.append(seen)
-            self.asked.set()
+        self.requests.append(seen)
+        self.asked.set()
         server = request.url.path.split("/")[1]
-        for check in (*self.rules.get(server, ()), format.check):
-            if refusal := check(seen.body):
-                self.refused.append((request.url.path, json.dumps(refusal[1])))
-                seen.closed.set()
-                return JSONResponse(refusal[1], refusal[0])
-        message = seen.message
-        replies = self.script.get(message) or [self.answer(message)]
-        steps = replies.pop(0) if len(replies) > 1 else replies[0]
         writer = format(seen.body)
-        writer.thought = {"openrouter": "reasoning", "groq": "reasoning"}.get(
-            server, OpenAI.thought
-        )
-        writer.ids = {"mistral": "{}"}.get(server, OpenAI.ids)
-        match steps:
-            case [Body() as body, *_]:
-                return StreamingResponse(self.send(body, seen), body.status, media_type=body.type)
-            case [Failure() as failure, *_]:
+        for check in (*self.rules.get(server, ()), format.check):
+            if fault := check(seen.body):
+                self.refused.append((request.url.path, fault))
                 seen.closed.set()
-                return self.fail(failure, writer, seen)
-            case [Reset(), *_]:
-                seen.closed.set()
-                return Broken()
-        if not (seen.body.get("stream") or "stream" in seen.path):
-            return await self.complete(writer, steps, seen)
-        return StreamingResponse(self.stream(writer, steps, seen), media_type=format.type)
-
-    def fail(self, failure: Failure, writer, seen: Seen):
-        kind, headers = failure.kind, failure.headers
-        if kind in BODIES:
-            status, body = BODIES[kind]
-        else:  # some providers repeat the key
-            status = writer.errors[kind][0]
-            body = writer.error(kind, f" The key was {seen.key}." if kind == "key" else "")
-        if isinstance(body, str):
-            type = "text/html" if body is PAGE else "text/plain"
-            return Response(body, failure.status or status, headers, type)
-        return JSONResponse(body, failure.status or status, headers)
-
-    async def send(self, body: Body, seen: Seen):
-        try:
-            for piece in body.pieces:
-                yield piece if isinstance(piece, bytes) else json.dumps(piece).encode()
-                await asyncio.sleep(0.005)  # otherwise two pieces may arrive as one
-            if body.cut:
-                raise ConnectionError("cut on purpose")
-            seen.complete = True
-        finally:
+                return JSONResponse(writer.fault(fault), 400)
+        if server in ("openrouter", "groq"):
+            writer.thought = "reasoning"
+        replies = self.script.get(seen.message) or [self.answer(seen.message)]
+        steps = replies.pop(0) if len(replies) > 1 else replies[0]
+        if steps and isinstance(steps[0], Body | Failure | Reset):
             seen.closed.set()
-
-    async def complete(self, writer, steps: list, seen: Seen):
-        """The texts of the steps in one piece."""
-        texts = []
+            return self.whole_answer(steps[0], writer, seen)
+        if seen.body.get("stream") or "stream" in seen.path:
+            return StreamingResponse(self.stream(writer, steps, seen), media_type=format.type)
         for step in steps:
-            match step:
-                case Text(text):
-                    texts.append(text)
-                case Silence():
-                    await self.silence(step)
-                case _:
-                    raise NotImplementedError(step)
+            if isinstance(step, Silence):
+                await self.silence(step)
         seen.closed.set()
-        seen.complete = True
+        texts = [step.text for step in steps if isinstance(step, Text)]
         return JSONResponse(writer.complete("".join(texts)))
+
+    def whole_answer(self, step: Body | Failure | Reset, writer, seen: Seen) -> Response:
+        match step:
+            case Reset():
+                return Broken()
+            case Body():
+                (piece,) = step.pieces
+                content = piece if isinstance(piece, bytes) else json.dumps(piece)
+                return Response(content, step.status, media_type=step.type)
+            case Failure(kind) if kind in BODIES:
+                status, body = BODIES[kind]
+            case Failure(kind):  # some providers repeat the key
+                status = writer.errors[kind][0]
+                body = writer.error(kind, f" The key was {seen.key}." if kind == "key" else "")
+        if isinstance(body, str):
+            return Response(body, status, media_type="text/html" if body is PAGE else "text/plain")
+        return JSONResponse(body, step.status or status, step.headers)
 
     async def silence(self, step: Silence):
         while not step.end.is_set():  # noqa: ASYNC110 - set by another thread
@@ -1008,14 +830,13 @@ class Provider:
                         raise ConnectionError("cut on purpose")
                     case Raw(body):
                         yield body
-                    case Together(parts):
+                    case list(parts):
                         yield b"".join(map(writer.step, parts))
                     case _:
                         finished = finished or isinstance(step, (Finish, Stream))
                         yield writer.step(step)
             if not finished and not (steps and isinstance(steps[-1], Raw)):
                 yield writer.step(Finish())
-            seen.complete = True
         finally:
             seen.closed.set()
 
@@ -1025,30 +846,20 @@ class Provider:
 
     def environment(self) -> dict[str, str]:
         """The variables that point LiteLLM at this provider, with keys that work here."""
-        servers = {"OPENROUTER": "openrouter", "DEEPSEEK": "deepseek", "GROQ": "groq"}
-        servers |= {"HOSTED_VLLM": "vllm", "MOONSHOT": "moonshot"}
-        keys = ("GEMINI", "OPENAI", "ANTHROPIC", "AZURE", *servers)
-        return {
-            "GEMINI_API_BASE": f"{self.url}/gemini",
-            "OPENAI_BASE_URL": f"{self.url}/openai",
-            "ANTHROPIC_API_BASE": f"{self.url}/anthropic",
-            "OLLAMA_API_BASE": f"{self.url}/ollama",
-            "AZURE_API_BASE": self.url,
-            "MISTRAL_AZURE_API_BASE": f"{self.url}/mistral",  # LiteLLM's only name for it
-            **{f"{name}_API_BASE": f"{self.url}/{path}" for name, path in servers.items()},
-            **{f"{name}_API_KEY": f"{name.lower()}-key-0123456789" for name in keys},
-        }
+        names = ("GEMINI", "OPENAI", "ANTHROPIC", "OLLAMA", "OPENROUTER", "DEEPSEEK", "GROQ")
+        servers = {name: name.lower() for name in names} | {"HOSTED_VLLM": "vllm"}
+        servers["MISTRAL_AZURE"] = "mistral"  # LiteLLM's only name for it
+        keys = {f"{name}_API_KEY": f"{name.lower()}-key-0123456789" for name in servers}
+        bases = {f"{name}_API_BASE": f"{self.url}/{path}" for name, path in servers.items()}
+        return {"OPENAI_BASE_URL": bases.pop("OPENAI_API_BASE"), **bases, **keys}
 
     def __enter__(self):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Not uvloop: as this process's policy it keeps playwright on Python < 3.12 from starting.
         config = uvicorn.Config(self.app, loop="asyncio", **OPTIONS)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(
-            target=self.server.run, kwargs={"sockets": [listener]}, daemon=True
-        )
+        self.thread = threading.Thread(target=self.server.run, args=[[listener]], daemon=True)
         self.thread.start()
         return self
 
@@ -1074,5 +885,5 @@ class Now(Text):
 if __name__ == "__main__":
     port, deltas, per_second = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     provider = Provider(lambda _: [Now()] * deltas, per_second)
-    provider.keep = False
+    provider.requests = deque(maxlen=0)  # it keeps none
     uvicorn.run(provider.app, host="127.0.0.1", port=port, **OPTIONS)
