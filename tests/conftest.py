@@ -24,59 +24,43 @@ from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
-CUSTOMISED = {"PROGRAM": str(SUPPORT / "customised.py")}
+CUSTOMISED, SERVED = {"PROGRAM": str(SUPPORT / "customised.py")}, str(SUPPORT / "served.py")
+# LiteLLM treats each family of models in its own way. The tests of what one demands name one of it.
+MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6"}
 NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
 NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_BASE"], "")
 
 # The environments of the servers that tests share, each started when the first test asks for it.
-# PROGRAM runs in main.py's place, ENV_FILE is what the .env file holds, and all servers with a
-# DATABASE share it. `customised_` and `durable_` have the tools of support/customised.py. Any name
-# with a slash is a server with that provider and that model: servers("groq/llama-3.3-70b").
+# PROGRAM runs in main.py's place, and ENV_FILE is what the .env file holds. `customised_` servers
+# have the tools of support/customised.py. Any name with a slash is a server with that provider and
+# that model: servers("groq/llama-3.3-70b").
 SERVERS = {
     **{name: {"PROVIDER": name} for name in PROVIDERS},
-    **{f"customised_{name}": {"PROVIDER": name, **CUSTOMISED} for name in PROVIDERS},
-    **{
-        f"durable_{name}": {"PROVIDER": name, "DATABASE": "chat"} | CUSTOMISED for name in PROVIDERS
-    },
-    "sqlite": {
-        "PROVIDER": "openai",
-        "DATABASE": "chat",
-        "PROGRAM": str(recipe_path("sqlite_store")),
-    },
+    "sqlite": {"PROVIDER": "openai", "PROGRAM": str(recipe_path("sqlite_store"))},
     # Hosting platforms set WEB_CONCURRENCY, and uvicorn would start workers.
     "no_key": {"PROVIDER": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
     # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
     "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": "", "ENV_FILE": "PROVIDER=gemini"},
-    "env_file": {
-        "ENV_FILE": "PROVIDER=mock\nPORT=1\nMODEL=\n",
-        "PROGRAM": str(SUPPORT / "served.py"),
-    },
-    "users": {
+    "env_file": {"ENV_FILE": "PROVIDER=mock\nPORT=1\nMODEL=\n", "PROGRAM": SERVED},
+    "users": CUSTOMISED
+    | {
         "PROVIDER": "openai",
-        "CHATKIT_TOKENS": " , ".join(f"{user}:{token}" for user, token in USERS.items()),
+        "USERS": ",".join(f"{user}:{token}" for user, token in USERS.items()),
         "ALLOWED_ORIGINS": "https://app.example, https://other.example/",
-    }
-    | CUSTOMISED,
+    },
 }
-for name in PROVIDERS:
-    SERVERS[f"customised_{name}"] |= {"MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
+for name, model in MODELS.items():
+    short = {"MODEL_TIMEOUT": "1.5", "SILENCE_SECONDS": "0.3"}
+    SERVERS[f"customised_{name}"] = {"PROVIDER": name, "MODEL": model} | CUSTOMISED | short
 # With --postgres, these run on PostgreSQL, each as two workers with tables of their own.
 ON_POSTGRES = [*PROVIDERS, *[f"customised_{name}" for name in PROVIDERS], "users"]
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--store",
-        metavar="package.module:factory",
-        help="run the contract of tests/test_store.py on the Store that factory() makes, "
-        "and on no other",
-    )
-    parser.addoption(
-        "--postgres",
-        action="store_true",
-        help="run the servers as two workers on PostgreSQL, "
-        "that of DATABASE_URL or a throw-away cluster",
-    )
+    theirs = "run tests/test_store.py on the Store that factory() makes, and on no other"
+    parser.addoption("--store", metavar="package.module:factory", help=theirs)
+    workers = "run two workers on PostgreSQL, that of DATABASE_URL or a throw-away cluster"
+    parser.addoption("--postgres", action="store_true", help=workers)
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +123,6 @@ def postgres_store(main, database):
 def servers(request, provider, database, tmp_path_factory):
     """servers(name): the server of that name in SERVERS, started."""
     running: dict[str, Future[Server]] = {}
-    shared = tmp_path_factory.mktemp("sqlite") / "chat.sqlite"
 
     def settings_of(name: str) -> dict[str, str]:
         if name in SERVERS:
@@ -153,8 +136,6 @@ def servers(request, provider, database, tmp_path_factory):
         environment = settings_of(name)
         if "ENV_FILE" in environment:
             (folder / ".env").write_text(environment.pop("ENV_FILE"))
-        if "DATABASE" in environment:
-            environment["DATABASE"] = str(shared)
         if database and name in ON_POSTGRES:
             environment["DATABASE_URL"] = database.pooled() or database.schema()
             return Server(folder, environment, POSTGRES / "served.py", workers=2)
@@ -198,7 +179,8 @@ def recipe(provider, tmp_path):
     started: dict[str, Server] = {}
 
     def start(name: str, provider_name: str, code: str = "", **environment: str) -> Server:
-        environment = {**provider.environment(), "PROVIDER": provider_name, **environment}
+        chosen = {"PROVIDER": provider_name, "MODEL": MODELS.get(provider_name, "auto")}
+        environment = provider.environment() | chosen | environment
         program = recipe_path(name)
         if code:
             program = tmp_path / f"{name}.py"

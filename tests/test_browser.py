@@ -149,8 +149,8 @@ def test_a_client_tool_of_the_recipe(page, recipe):
 
 
 def test_an_upload_of_the_recipe(page, recipe):
-    server = recipe("images", "mock", CHATKIT_TOKENS="alice:token-of-alice")
-    answer_prompts(page, USERS["alice"])
+    server = recipe("images", "mock", USERS="alice:a")
+    answer_prompts(page, "a")
     page.goto(f"{server.url}/chatkit")
     expect(page.locator("#chat")).to_be_visible()
     found = options(page)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from agents import ModelSettings, ModelTracing, exceptions
 
-from client import Chat, done, error_of, load_main, say_at_once, text_of
+from client import Chat, done, error_of, load_main, text_of
 from conftest import PROVIDERS
 from provider import (
     Anthropic,
@@ -64,6 +64,7 @@ class Case(NamedTuple):
     wires: tuple[str, ...] = tuple(PROVIDERS)
     kept: str = ""  # what is shown and stored of the reply
     cause: str = ""  # what the log tells of it
+    requests: int = 1  # of the turn: 2 after a quiet second try
 
 
 def cut(steps: list | Callable[[str], list], wires: tuple[str, ...], kept="The first half") -> Case:
@@ -94,11 +95,31 @@ CASES = {
     "an unknown model": Case([Failure("model")], "UNKNOWN_MODEL"),
     "the rate": Case([Failure("rate", headers=LATER)], "RATE_LIMIT"),
     "the length": Case([Failure("long")], "ContextWindowExceededError"),
+    "the rate of a minute": Case([Failure("minute")], "RATE_LIMIT", ("gemini",), requests=2),
     "overloaded": Case([Failure("server", headers=LATER)], "UNAVAILABLE"),
     "payment": Case([Failure("image", 402)], "USED_UP", ALL),
     "credit": Case(CREDIT, "USED_UP", ("anthropic",)),
     "a conflict": Case([Failure("image", 409)], "409", ALL),
     "what the message holds": Case([Failure("image", 422)], "REFUSED_MESSAGE", ALL),
+    **{
+        f"{kind} of {wire}": Case([Failure(kind)], error, (wire,))
+        for wire, error, kinds in (
+            (OPENROUTER, "404", "no-tools data-policy"),
+            ("openai", "404", "no-route no-page deployment"),
+            ("openai", "UNKNOWN_MODEL", "project access access-bedrock"),
+            ("openai", "ContextWindowExceededError", "tpm"),
+            (GROQ, "ContextWindowExceededError", "tpm-groq"),
+            ("openai", "USED_UP", "quota"),
+            ("gemini", "USED_UP", "day"),
+            (GROQ, "NOT_UNDERSTOOD", "tool"),
+            ("openai", "REFUSED_MESSAGE", "policy azure image"),
+            ("openai", "FILTERED", "flagged"),
+            ("anthropic", "REFUSED_MESSAGE", "image image-size"),
+            ("anthropic", "FILTERED", "policy"),
+            ("gemini", "REFUSED_MESSAGE", "policy image"),
+        )
+        for kind in kinds.split()
+    },
     # ---- Its answer is no reply
     "a web page": Case([Failure("html")], "NOT_UNDERSTOOD", ("gemini", "anthropic")),
     # OpenAI's client has the text. A server of one's own is often in its format.
@@ -107,7 +128,7 @@ CASES = {
     "an error object": Case(
         [Failure("endpoint")], "NOT_UNDERSTOOD", ("openai", OLLAMA), cause="Unexpected endpoint"
     ),
-    "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,)),
+    "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
     "no byte": Case([Body([b""])], "NOT_UNDERSTOOD", ALL),
     "no text": Case([Finish()], "EMPTY_REPLY"),
@@ -133,6 +154,9 @@ CASES = {
         f"the reason {reason}": cut([*HALVES, Raw(OpenAI({}).chunk({}, reason))], COMPATIBLE)
         for reason in ("error", "network_error")
     },
+    # Neither call is run: its arguments may be incomplete, and others may have had to follow.
+    "a call and no end": Case([ToolCall("clock"), Raw(b"")], "CUT_OFF"),
+    "a call at the length limit": Case([ToolCall("clock"), Finish("length")], "LONG_REPLY"),
     # ---- It does
     "half an emoji": Case([Text("A\ud83d"), Text("\ude00 B")], kept="A?? B"),
     "tokens after the end": Case(
@@ -160,9 +184,10 @@ def message_of(main, name: str) -> str:
 
 def pattern(main, name: str, wire: str) -> str:
     """It fits the error's text, with what its {key} and {model} stand for and any {address}."""
-    names = {}
+    names = {"key": f"{wire.partition('/')[0].upper()}_API_KEY"}
     if wire in PROVIDERS:
-        names = {"key": f"{wire.upper()}_API_KEY", "model": main.litellm_name(wire, "auto")}
+        address = {"openai": "OPENAI_BASE_URL"}.get(wire, f"{wire.upper()}_API_BASE")
+        names |= {"model": main.litellm_name(wire, "auto"), "address": f" Check {address}."}
     text = re.escape(message_of(main, name))
     return re.sub(r"\\{(\w+)\\}", lambda match: names.get(match[1], ".*"), text)
 
@@ -182,8 +207,11 @@ def test_what_a_provider_answers(main, servers, provider, name, wire):
     start = len(server.log)
     events = chat.say("please")
     server.wait_for(f"thread={chat.thread_id} ")
+    assert len(provider.requests) == case.requests
     (turn,) = [line for line in server.log[start:] if f"thread={chat.thread_id} " in line]
-    lines = [line for line in server.log[start:] if not line.startswith("INFO: ")]
+    # LiteLLM warns once of a setting of yours that a model will not know much longer.
+    lines = [line for line in server.log[start:] if "LiteLLM:WARNING" not in line]
+    lines = [line for line in lines if not line.startswith("INFO: ")]
 
     if case.error:
         message = pattern(main, case.error, wire)
@@ -205,8 +233,9 @@ def test_what_a_provider_answers(main, servers, provider, name, wire):
     shown = [event.item.id for event in events if event.type == "thread.item.added"]
     assert [item["id"] for item in replies] == shown
     assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
-    if case.error == "FILTERED":  # the message is told again only if it was answered in part
-        assert ("please" in str(provider.requests[-1].body)) == bool(case.kept)
+    # Only a message that was refused for what it holds is left out.
+    is_refused = case.error in ("FILTERED", "REFUSED_MESSAGE") and not case.kept
+    assert ("please" in str(provider.requests[-1].messages)) == (not is_refused)
 
 
 # ---- Slowly, or not at all
@@ -230,8 +259,6 @@ def test_silence(main, servers, provider):
     assert len(provider.requests) == len(chats)  # a timeout is not tried again
     for request in provider.requests:
         assert request.closed.wait(1)
-    for chat, _ in chats:
-        assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
     for server in running:
         lines = [line for line in server.log if main.TIMED_OUT.message in line]
         assert ["(TimeoutError: " in line for line in lines] == [True, True]
@@ -273,14 +300,6 @@ async def test_a_request_that_cannot_be_prepared(main, monkeypatch, error):
     model = main.ProviderModel("openai/gpt-4o", "http://127.0.0.1:1", "key")
     assert (await error_of_model(main, model)).kind is getattr(main, error)
     prepared.set()
-
-
-def test_other_chats_go_on(main, servers, provider):
-    provider.script["lost"] = [[Failure("html")]]
-    provider.script["half a chunk"] = [[Text("a"), Raw(b'data: {"candidates": [{"cont')]]
-    replies = say_at_once(servers("gemini").url, ["lost", "half a chunk", "fine"])
-    assert [text_of(item) for item in done(replies["fine"])] == ["You said: fine"]
-    assert error_of(replies["half a chunk"]).message == main.CUT_OFF.message
 
 
 def test_heartbeats_while_the_model_is_silent(servers, provider):
@@ -379,34 +398,12 @@ def test_the_key_that_an_error_names(tmp_path, environment, key):
 # ---- Tools
 
 
-@pytest.mark.parametrize("wire", PROVIDERS)
-@pytest.mark.parametrize(
-    ("end", "error"), [(Raw(b""), "CUT_OFF"), (Finish("length"), "LONG_REPLY")], ids=str
-)
-def test_a_tool_call_of_a_reply_that_was_cut_off(main, servers, provider, wire, end, error):
-    """It is not run: its arguments may be incomplete, and others may have had to follow."""
-    provider.script["act"] = [[ToolCall("clock"), end]]
-    chat = Chat(servers(f"customised_{wire}").url)
-    assert error_of(chat.say("act")).message == message_of(main, error)
-    assert len(provider.requests) == 1
-
-
 def test_a_reply_may_end_in_silence_after_a_tool(custom_chat, provider):
     """Claude and Gemini may say nothing more. What came before is the reply."""
     provider.script["look"] = [[Text("Looking. "), ToolCall("clock")], [Finish()]]
     events = custom_chat.say("look")
     assert "error" not in [event.type for event in events]
     assert [text_of(item) for item in done(events)] == ["Looking. "]
-
-
-def test_a_timeout_of_a_tool_is_not_the_providers(servers, provider):
-    provider.script["act"] = [[Text("Let me try. "), ToolCall("broken_database")]]
-    server = servers("customised_openai")
-    chat = Chat(server.url)
-    error = error_of(chat.say("act"))
-    assert (error.code, error.message) == ("stream.error", None)
-    assert "Traceback" in server.wait_for("TimeoutError: the tool's database was silent")
-    assert [text_of(item) for item in chat.items()] == ["act", "Let me try. "]
 
 
 # ---- What single providers need
@@ -427,16 +424,12 @@ def test_tokens_that_the_provider_does_not_report(servers, provider, wire):
     assert line.endswith("input_tokens=- output_tokens=-")
 
 
-@pytest.mark.parametrize(
-    ("server", "model"),
-    [("openai/openai/gpt-oss-20b", "openai/gpt-oss-20b"), (OPENROUTER, "qwen/qwen3-235b")],
-)
-def test_an_id_that_begins_like_a_prefix(servers, provider, server, model):
+def test_an_id_that_begins_like_a_prefix(servers, provider):
     """The key comes from a file: it ends with a line break, which no header may hold."""
-    Chat(servers(server).url).say("hello")
+    Chat(servers("openai/openai/gpt-oss-20b").url).say("hello")
     (request,) = provider.requests
-    assert request.body["model"] == model
-    assert request.key == f"{server.partition('/')[0]}-key-0123456789"
+    assert request.body["model"] == "openai/gpt-oss-20b"
+    assert request.key == "openai-key-0123456789"
 
 
 def test_a_model_of_the_responses_api(servers, provider):
@@ -449,10 +442,3 @@ def test_a_model_of_the_responses_api(servers, provider):
         assert provider.requests[0].path.endswith("/openai/responses")
     else:
         assert "ImportError" in server.wait_for("The server's log has the reason")
-
-
-def test_a_filter_after_a_text_forgets_nothing(chat, provider):
-    provider.script["tell me"] = [[Text("Once upon "), Finish("filter")]]
-    assert error_of(chat.say("tell me")).message
-    chat.say("and on")
-    assert "tell me" in str(provider.requests[-1].messages)

@@ -1,6 +1,6 @@
-"""The recipes in tests/examples/, each run where it stands, with each provider.
+"""The recipes in tests/examples/, each run where it stands.
 
-What does not depend on the provider's wire is tested with one.
+With one provider: only the thoughts depend on the provider's wire.
 """
 
 import json
@@ -18,8 +18,7 @@ from pathlib import Path
 import httpx
 import jwt
 import pytest
-from chatkit.widgets import WidgetRoot
-from pydantic import TypeAdapter
+from agents import Handoff
 
 from client import (
     EXAMPLES,
@@ -29,83 +28,22 @@ from client import (
     changed,
     done,
     error_of,
+    many,
     message,
-    say_at_once,
     text_of,
     until,
 )
+from conftest import MODELS
 from provider import Failure, Pause, Silence, Text, Thought, ToolCall
-
-TOKENS = "alice:token-of-alice,bob:token-of-bob"
-one_provider = pytest.mark.parametrize("provider_name", ["openai"])
-
-
-def without_ids(value):
-    """A JSON value without what differs from run to run: ids and times."""
-    if isinstance(value, dict):
-        return {
-            name: without_ids(part)
-            for name, part in value.items()
-            if name not in ("id", "thread_id", "created_at", "item_id", "call_id")
-        }
-    return [without_ids(part) for part in value] if isinstance(value, list) else value
-
-
-def shown(events: list) -> list[dict]:
-    """The events of a turn after the user's message, but for the deltas of the reply."""
-    found = [without_ids(json.loads(event.model_dump_json(exclude_none=True))) for event in events]
-    return [
-        event
-        for event in found
-        if event["type"] not in ("thread.created", "thread.updated", "stream_options")
-        and event.get("item", {}).get("type") not in ("user_message", "assistant_message")
-        and not event.get("update", {}).get("type", "").startswith("assistant_message")
-    ]
-
-
-def told(provider, number: int = -1) -> list[tuple[str, str]]:
-    """What the model was told, with the ids of tool calls and items left out."""
-    ids = r'(?<=id": ")\w+|\b(call|toolu|msg|thr)_[0-9a-f]+\b'
-    return [(role, re.sub(ids, "ID", text)) for role, text in provider.requests[number].messages]
-
-
-def tool_pair(provider_name: str, tool: str, arguments: dict, output: str, signature: str = "c2ln"):
-    """A tool call and its output in the provider's form; `signature` is Gemini's of the call."""
-    function = {"arguments": json.dumps(arguments), "name": tool}
-    result = json.loads(output) if output.startswith("{") else {"content": output}
-    call = {"function_call": {"name": tool, "args": arguments, "id": "ID"}}
-    pairs: dict[str, list[dict]] = {
-        "gemini": [
-            {**call, "thoughtSignature": signature},
-            {"function_response": {"name": tool, "response": result, "id": "ID"}},
-        ],
-        "openai": [
-            {
-                "role": "assistant",
-                "tool_calls": [{"function": function, "id": "ID", "type": "function"}],
-            },
-            {"role": "tool", "content": output, "tool_call_id": "ID"},
-        ],
-        "anthropic": [
-            {"type": "tool_use", "name": tool, "input": arguments, "id": "ID"},
-            {"type": "tool_result", "content": output, "tool_use_id": "ID"},
-        ],
-    }
-    return [("tool", json.dumps(part, sort_keys=True)) for part in pairs[provider_name]]
-
-
-def reply(text: str) -> dict:
-    content = [{"annotations": [], "text": text, "type": "output_text"}]
-    return {"type": "assistant_message", "content": content}
+from test_memory import conversation, pair
 
 
 def texts(events: list) -> list[str]:
     return [text_of(item) for item in done(events)]
 
 
-def instructions(provider) -> list[str]:
-    """The instructions of each request."""
-    return [seen.format.instructions(seen.body) for seen in provider.requests]
+def title(chat: Chat) -> str:
+    return chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
 
 
 def file_with(*recipes: str, more: str = "") -> str:
@@ -113,13 +51,11 @@ def file_with(*recipes: str, more: str = "") -> str:
     return f"import main, {', '.join(recipes)}\n{more}\nmain.serve()"
 
 
-@one_provider
-def test_all_recipes_in_one_file(recipe, provider, provider_name):
+def test_all_recipes_in_one_file(recipe, provider):
     """None takes away what another one has added."""
     names = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "postgres_store")
-    server = recipe(
-        "all", provider_name, file_with(*names), MODEL="gpt-5", MODELS="gpt-4o", **LOGIN, **rainy()
-    )
+    variables = {"MODEL": "gpt-5", "MODELS": "gpt-4o", **LOGIN, **rainy()}
+    server = recipe("all", "openai", file_with(*names), **variables)
     chat = Chat(server.url)
     chat.http.headers.update(cookie())
     provider.script["hello"] = [[Text("See [1].")]]
@@ -143,76 +79,121 @@ def test_no_recipe_imports_litellm_before_main():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- A tool with a widget -----------------------------------------------------------------------
+# ---- Tools --------------------------------------------------------------------------------------
 
 
-WIDGET: TypeAdapter[WidgetRoot] = TypeAdapter(WidgetRoot)
-
-
-def card(*children: dict) -> dict:
-    """The item of a card, with what the release of chatkit adds to its parts."""
-    widget = WIDGET.validate_python({"type": "Card", "children": list(children)})
-    return {"type": "widget", "widget": json.loads(widget.model_dump_json(exclude_none=True))}
-
-
-def test_a_widget_with_a_button(recipe, provider, provider_name):
-    chat = Chat(recipe("widget", provider_name).url)
+def test_a_widget_with_a_button(recipe, provider):
+    chat = Chat(recipe("widget", "openai").url)
     calls = [ToolCall("find_table", {"guests": 4})]
     provider.script["four of us"] = [calls, [Text("Here is one.")]]
-    click = {"type": "book", "payload": {"guests": 4}}
-    text = {"type": "Text", "value": "A table for 4"}
-    offer = card(text, {"type": "Button", "label": "Book", "onClickAction": click})
-    booked = card(text, {"type": "Caption", "value": "Booked"})
-
-    assert shown(chat.say("four of us")) == [
-        {"type": "progress_update", "text": "Looking for a table…"},
-        {"type": "thread.item.done", "item": offer},
-    ]
+    events = chat.say("four of us")
+    progress = [event.text for event in events if event.type == "progress_update"]
+    assert progress == ["Looking for a table…"]
+    (offer,) = done(events, "widget")
+    text, button = offer.widget.children
+    assert (text.value, button.label) == ("A table for 4", "Book")
+    click = {"type": button.onClickAction.type, "payload": button.onClickAction.payload}
+    assert click == {"type": "book", "payload": {"guests": 4}}
     output = "The user sees the table and a button that books it."
-    pair = tool_pair(provider_name, "find_table", {"guests": 4}, output)
-    assert told(provider) == [("user", "four of us"), *pair]
-    widget = chat.items()[1]
-    assert [without_ids(item) for item in chat.items()[1:]] == [offer, reply("Here is one.")]
+    found = pair("find_table", {"guests": 4}, output)
+    assert conversation(provider) == [("user", "four of us"), *found]
 
     def clicked(action: dict) -> list:
-        sender = {"thread_id": chat.thread_id, "item_id": widget["id"]}
+        sender = {"thread_id": chat.thread_id, "item_id": offer.id}
         return list(chat.stream("threads.custom_action", **sender, action=action))
 
-    assert shown(clicked({"type": "cook", "payload": {}})) == []
+    before = chat.items()
+    assert not [e for e in clicked({"type": "cook"}) if e.type.startswith("thread.item")]
     assert error_of(clicked({"type": "book", "payload": {"guests": 1000}})).code == "stream.error"
-    assert chat.items()[1] == widget
-    events = clicked(click)
-    assert shown(events) == [{"type": "thread.item.replaced", "item": booked}]
-    assert events[-1].item.id == widget["id"]
-    assert [without_ids(item) for item in chat.items()[1:]] == [booked, reply("Here is one.")]
+    assert chat.items() == before and before[1]["id"] == offer.id
+    booked = clicked(click)[-1]
+    assert (booked.type, booked.item.id) == ("thread.item.replaced", offer.id)
+    text, caption = booked.item.widget.children
+    assert (text.value, caption.value) == ("A table for 4", "Booked")
+    items = chat.items()
+    assert [items[0], items[2]] == [before[0], before[2]] and "Booked" in str(items[1])
 
     chat.say("thanks")
-    said = " ".join(text for _, text in told(provider))
-    graphic = json.dumps(booked["widget"], separators=(",", ":"))
-    assert said.count(f"widget (id: ID) was displayed to the user:{graphic}") == 1
+    said = " ".join(text for _, text in provider.requests[-1].messages)
+    graphic = json.dumps(items[1]["widget"], separators=(",", ":"))
+    assert said.count(f"was displayed to the user:{graphic}") == 1
     note = "<HiddenContext>\nThe user booked the table for 4.\n</HiddenContext>"
     assert said.count(note) == 1
 
 
-# ---- A tool in the browser ----------------------------------------------------------------------
-
-
-def test_a_client_tool(recipe, provider, provider_name):
-    chat = Chat(recipe("client_tool", provider_name).url)
+def test_a_client_tool(recipe, provider):
+    chat = Chat(recipe("client_tool", "openai").url)
     provider.script["what time is it?"] = [[ToolCall("local_time")], [Text("Noon.")]]
-    call = {"type": "client_tool_call", "name": "local_time", "arguments": {}}
-    assert shown(chat.say("what time is it?")) == [
-        {"type": "thread.item.done", "item": {**call, "status": "pending"}}
+    (call,) = done(chat.say("what time is it?"), "client_tool_call")
+    assert (call.name, call.arguments, call.status) == ("local_time", {}, "pending")
+    assert texts(chat.answer({"time": "12:00"})) == ["Noon."]
+    found = pair("local_time", {}, '{"time": "12:00"}')
+    assert conversation(provider) == [("user", "what time is it?"), *found]
+
+
+def test_sources_are_shown(recipe, provider):
+    chat = Chat(recipe("sources", "openai").url)
+    provider.script["returns?"] = [
+        [ToolCall("search", {"query": "returned"})],
+        [Text("Within 30 days [1]"), Text(", see [7].")],
     ]
-    time_there = {"time": "12:00"}
-    assert texts(chat.answer(time_there)) == ["Noon."]
-    signature = "skip_thought_signature_validator"
-    pair = tool_pair(provider_name, "local_time", {}, json.dumps(time_there), signature)
-    assert told(provider) == [("user", "what time is it?"), *pair]
-    assert [without_ids(item) for item in chat.items()[1:]] == [
-        {**call, "status": "completed", "output": time_there},
-        reply("Noon."),
-    ]
+    (item,) = done(chat.say("returns?"))
+    source = {"type": "url", "title": "Returns", "url": "https://shop.example/returns"}
+    text = "Within 30 days [1], see [7]."
+    annotations = [{"type": "annotation", "source": source, "index": len("Within 30 days [1]")}]
+    content = [{"type": "output_text", "text": text, "annotations": annotations}]
+    assert item.model_dump(exclude_none=True)["content"] == content
+    assert chat.items()[1]["content"] == content
+    found = "[1] Returns: Goods can be returned within 30 days."
+    calls = pair("search", {"query": "returned"}, found)
+    assert conversation(provider) == [("user", "returns?"), *calls]
+
+
+def rainy(name: str = "MCP_SERVER", *arguments: object, weather: str = "rains") -> dict[str, str]:
+    """The variable of an MCP server."""
+    command = [sys.executable, SUPPORT / "mcp_server.py", weather, *arguments]
+    return {name: shlex.join(map(str, command))}
+
+
+def children(server: Server) -> list[int]:
+    pid = server.process.pid
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+async def test_mcp_servers_that_come_and_go(recipe, provider, tmp_path):
+    """Each is asked for its tools in each turn, started if it does not answer, and ended."""
+    late = rainy("MCP_SERVER_LATE", tmp_path / "there", weather="snows")
+    server = recipe("mcp_tools", "openai", **rainy("MCP_SERVER_SOON"), **late)
+    log = "\n".join(server.log)
+    assert "The MCP server late is away" in log
+    assert "PROVIDER=openai, model" in log  # main.py's own start
+
+    async def weather(chats: int, *names: str) -> list[str]:
+        """What the servers of these names answer, in so many chats at once."""
+        provider.requests.clear()
+        calls = [ToolCall(f"mcp_{name}__weather", {"city": "Rome"}) for name in names]
+        questions = [f"rain {number}?" for number in range(chats)]
+        provider.script.update({text: [calls, [Text("See above.")]] for text in questions})
+        assert await many(server.url, questions) == ["See above."] * chats
+        said = str([seen.messages for seen in provider.requests])
+        return sorted(re.findall(r"It (\w+) in Rome", said))
+
+    assert await weather(1, "soon") == ["rains"]
+    (tmp_path / "there").touch()
+    assert await weather(1, "soon", "late") == ["rains", "snows"]
+    for child in children(server):
+        os.kill(child, signal.SIGKILL)
+    assert await weather(5, "soon", "late") == ["rains"] * 5 + ["snows"] * 5
+    log = "\n".join(server.log)
+    assert log.count("MCP server") == 1 and "Traceback" not in log
+    started = children(server)
+    server.stop()
+    assert started and not [*filter(is_running, started)]
 
 
 # ---- Images -------------------------------------------------------------------------------------
@@ -233,60 +214,46 @@ def upload(chat: Chat, content: bytes = png(2, 3), field: str = "file") -> httpx
     return chat.http.post("/images", files={field: ("a cat.png", content, "image/png")})
 
 
-def image_part(provider_name: str, encoded: str) -> tuple[str, str]:
-    """The image as the model is told it."""
-    url = f"data:image/png;base64,{encoded}"
-    source = {"type": "base64", "media_type": "image/png", "data": encoded}
-    parts = {
-        "gemini": {"inline_data": {"data": encoded, "mime_type": "image/png"}},
-        "openai": {"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
-        "anthropic": {"type": "image", "source": source},
-    }
-    return ("tool", json.dumps(parts[provider_name], sort_keys=True))
-
-
-def test_an_image_is_kept_shown_and_told(recipe, provider, provider_name, tmp_path):
-    chat = Chat(recipe("images", provider_name).url)
+def test_an_image_is_kept_shown_and_told(recipe, provider, tmp_path):
+    chat = Chat(recipe("images", "openai").url)
     image = upload(chat).json()
     kept = tmp_path / "images" / "images" / f"{image['id']}.png"
     assert re.fullmatch("atc_[0-9a-f]{32}", image["id"])
     address = f"{str(chat.http.base_url).rstrip('/')}/images/{image['id']}.png"
     known = {key: value for key, value in image.items() if value is not None}
-    assert known == {
-        "id": image["id"],
-        "type": "image",
-        "name": "a cat.png",
-        "mime_type": "image/png",
-        "preview_url": address,
-    }
+    facts = {"type": "image", "name": "a cat.png", "mime_type": "image/png"}
+    assert known == {"id": image["id"], "preview_url": address, **facts}
     assert kept.read_bytes() == png(2, 3)
     preview = chat.http.get(address)
     assert (preview.content, preview.headers["content-type"]) == (png(2, 3), "image/png")
 
-    assert shown(chat.say("what is it?", attachments=[image["id"]])) == []
-    encoded = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAADCAIAAAA2iEnWcmVzdA=="
-    question = [("user", "what is it?"), image_part(provider_name, encoded)]
-    assert told(provider) == question
+    def told() -> list[tuple[str, str]]:
+        return provider.requests[-1].messages
+
+    chat.say("what is it?", attachments=[image["id"]])
+    url = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAADCAIAAAA2iEnWcmVzdA=="
+    part = {"image_url": {"detail": "auto", "url": url}, "type": "image_url"}
+    question = [("user", "what is it?"), ("tool", json.dumps(part))]
+    assert told() == question
     (attachment,) = chat.items()[0]["attachments"]
     attachment.pop("thread_id", None)  # chatkit 1.6 adds it
     assert attachment == known
     chat.say("and now?")
     answered = [("assistant", "You said: what is it?"), ("user", "and now?")]
-    assert told(provider) == [*question, *answered]
+    assert told() == [*question, *answered]
 
     chat.get("attachments.delete", attachment_id=image["id"])
     assert not kept.exists()
     assert chat.http.get(address).status_code == 404
     chat.say("still there?")
     said = "what is it?\n\nThe image a cat.png was deleted."
-    assert told(provider)[:2] == [("user", said), answered[0]]
+    assert told()[:2] == [("user", said), answered[0]]
 
 
-@one_provider
-def test_images_that_are_refused(recipe, provider, provider_name, tmp_path):
+def test_images_that_are_refused(recipe, provider, tmp_path):
     at = "https://chat.example/prefix/images"
-    server = recipe("images", provider_name, CHATKIT_TOKENS=TOKENS, IMAGES_URL=at)
-    alice, bob = Chat(server.url, "token-of-alice"), Chat(server.url, "token-of-bob")
+    server = recipe("images", "openai", IMAGES_URL=at, USERS="alice:a,bob:b")
+    alice, bob = Chat(server.url, "a"), Chat(server.url, "b")
     too_large = (413, {"detail": "An image may have 3750000 bytes and 8000 pixels a side."})
     no_image = (415, {"detail": "Only PNG and JPEG images can be sent."})
     for content, answer in (
@@ -327,69 +294,45 @@ def test_images_that_are_refused(recipe, provider, provider_name, tmp_path):
     assert (kept.read_bytes(), provider.requests) == (jpeg(8000, 8000), [])
 
 
-@one_provider
-def test_an_image_for_a_model_without_vision(recipe, provider, provider_name):
+def test_an_image_for_a_model_without_vision(recipe, provider):
     """It is told the name, if LiteLLM knows that it has no vision. The person is told, too."""
-    server = recipe(
-        "both", provider_name, file_with("images", "model_picker"), MODELS="gpt-3.5-turbo,unknown"
-    )
-    chat = Chat(server.url)
+    code = file_with("images", "model_picker")
+    chat = Chat(recipe("both", "openai", code, MODELS="gpt-3.5-turbo,unknown").url)
     sent = [upload(chat).json()["id"]]
-    blind = chat.say("look", attachments=sent, inference_options={"model": "gpt-3.5-turbo"})
-    notice = "This model cannot see images. It is told their names only."
-    assert shown(blind) == [{"type": "notice", "level": "warning", "message": notice}]
-    named = "look\n\nThe image a cat.png, which you cannot see."
-    assert told(provider) == [("user", named)]
-    assert shown(chat.say("and now?", inference_options={"model": "gpt-3.5-turbo"})) == []
-    assert told(provider)[0] == ("user", named)
-    assert shown(chat.say("look", attachments=sent, inference_options={"model": "unknown"})) == []
-    assert [role for role, _ in told(provider)].count("tool") == 2
+    blind, unknown = ({"inference_options": {"model": m}} for m in ("gpt-3.5-turbo", "unknown"))
+    notices = [e.message for e in chat.say("look", attachments=sent, **blind) if e.type == "notice"]
+    assert notices == ["This model cannot see images. It is told their names only."]
+    assert provider.requests[-1].messages == [
+        ("user", "look\n\nThe image a cat.png, which you cannot see.")
+    ]
+    events = chat.say("look", attachments=sent, **unknown)
+    assert "notice" not in [event.type for event in events]
+    assert [role for role, _ in provider.requests[-1].messages].count("tool") == 2
 
 
-# ---- Thoughts and sources -----------------------------------------------------------------------
+# ---- Thoughts -----------------------------------------------------------------------------------
+
+THINKING = {
+    "gemini": {"thinkingConfig": {"thinkingLevel": "low", "includeThoughts": True}},
+    "openai": {"reasoning_effort": "low"},
+    "anthropic": {"output_config": {"effort": "low"}},
+}
 
 
 def test_thoughts_are_shown(recipe, provider, provider_name):
-    model = {"openai": "gpt-5"}.get(provider_name, "auto")
+    """Those after a tool on their own."""
+    model = {"openai": "gpt-5"}.get(provider_name, MODELS[provider_name])
     chat = Chat(recipe("thoughts", provider_name, MODEL=model).url)
-    provider.script["think"] = [[Thought("Let me "), Thought("think."), Text("Yes.")]]
+    look = [Thought("Let me "), Thought("think."), ToolCall("nope")]
+    provider.script["think"] = [look, [Thought("I know."), Text("Yes.")]]
     chat.say("think")
     body = provider.requests[0].body
-    if provider_name == "gemini":
-        thinking = {"thinkingLevel": "low", "includeThoughts": True}
-        assert body["generationConfig"]["thinkingConfig"] == thinking
-    elif provider_name == "openai":
-        assert body["reasoning_effort"] == "low"
-    else:
-        assert body["thinking"] == {"type": "adaptive", "display": "summarized"}
-        assert body["output_config"] == {"effort": "low"}
-    thought = {"type": "thought", "content": "Let me think.", "status_indicator": "none"}
-    workflow = {"type": "reasoning", "tasks": [thought], "summary": {"duration": 0}}
-    workflow["expanded"] = False
-    assert [without_ids(item) for item in chat.items()[1:]] == [
-        {"type": "workflow", "workflow": workflow},
-        reply("Yes."),
-    ]
-
-
-def test_sources_are_shown(recipe, provider, provider_name):
-    chat = Chat(recipe("sources", provider_name).url)
-    provider.script["returns?"] = [
-        [ToolCall("search", {"query": "returned"})],
-        [Text("Within 30 days [1]"), Text(", see [7].")],
-    ]
-    (item,) = done(chat.say("returns?"))
-    source = {"type": "url", "title": "Returns", "url": "https://shop.example/returns"}
-    text = "Within 30 days [1], see [7]."
-    annotations = [{"type": "annotation", "source": source, "index": len("Within 30 days [1]")}]
-    content = [{"type": "output_text", "text": text, "annotations": annotations}]
-    assert item.model_dump(exclude_none=True)["content"] == content
-    assert chat.items()[1]["content"] == content
-    found = "[1] Returns: Goods can be returned within 30 days."
-    pair = tool_pair(provider_name, "search", {"query": "returned"}, found)
-    assert told(provider) == [("user", "returns?"), *pair]
-    chat.say("thanks")
-    assert ("assistant", text) in told(provider)
+    asked = body | body.get("generationConfig", {})
+    assert asked | THINKING[provider_name] == asked
+    _, workflow, reply = chat.items()
+    thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
+    assert thoughts == ["Let me think.", "I know."]
+    assert workflow["workflow"]["type"] == "reasoning" and text_of(reply) == "Yes."
 
 
 # ---- The model picker ---------------------------------------------------------------------------
@@ -400,75 +343,59 @@ def choosing(model: str | None = None, tool: str | None = None) -> dict:
     return {"inference_options": {"model": model, "tool_choice": tool and {"id": tool}}}
 
 
-@pytest.mark.parametrize(
-    ("provider_name", "other"),
-    [
-        ("gemini", "openai/gpt-4o-mini"),
-        ("openai", "anthropic/claude-sonnet-4-6"),
-        ("anthropic", "gemini/gemini-flash-latest"),
-    ],
-)
-def test_a_model_picker(recipe, provider, provider_name, other):
+def test_a_model_picker(recipe, provider):
     """The composer shows the models, and each message has its own."""
-    server = recipe("model_picker", provider_name, MODELS=other)
+    claude, llama = "anthropic/claude-sonnet-4-6", "groq/llama-3.3-70b-versatile"
+    server = recipe("model_picker", "openai", MODELS=f"{claude},{llama}")
     chat = Chat(server.url)
     page = chat.http.get("/chatkit").text
     options = json.loads(re.search(r"const options = (.*);", page)[1])
-    default, second = options["composer"]["models"]
-    assert default["id"].startswith(f"{provider_name}/")
-    assert default["id"].endswith(default["label"])
-    assert second == {"id": other, "label": other.partition("/")[2]}
-    for choice in (default["id"], other, None):
+    assert options["composer"]["models"] == [
+        {"id": name, "label": name.partition("/")[2]} for name in ("openai/gpt-4o", claude, llama)
+    ]
+    for choice in ("openai/gpt-4o", claude, None):
         assert texts(chat.say("hello", **choosing(choice))) == ["You said: hello"]
-        kind, _, model = (choice or default["id"]).partition("/")
+        kind, _, model = (choice or "openai/gpt-4o").partition("/")
         request = provider.requests[-1]
-        assert request.format.__name__.lower() == kind
-        assert request.body.get("model") == model or f"/models/{model}:" in request.path
+        assert (request.format.__name__.lower(), request.body["model"]) == (kind, model)
         server.wait_for(f"thread={chat.thread_id} provider={kind} model={kind}/{model} end=done")
-
-
-@one_provider
-def test_the_error_of_a_picked_model(recipe, provider, provider_name):
-    server = recipe("model_picker", provider_name, MODELS="groq/llama-3.3-70b-versatile")
-    chat = Chat(server.url)
     provider.script["hello"] = [[Failure("key")]]
-    error = error_of(chat.say("hello", **choosing("groq/llama-3.3-70b-versatile")))
-    assert error.message == "The AI provider refused the key. Check GROQ_API_KEY."
-    server.wait_for("provider=groq model=groq/llama-3.3-70b-versatile end=error")
+    assert "GROQ_API_KEY" in error_of(chat.say("hello", **choosing(llama))).message
+    server.wait_for(f"provider=groq model={llama} end=error")
 
 
-@one_provider
-def test_what_is_not_offered(recipe, provider, provider_name):
+WITHDRAW = """
+@main.app.post("/withdraw")
+def withdraw():
+    model_picker.OFFERED.popitem()
+"""
+
+
+def test_what_is_not_offered(recipe, provider):
     """It is refused before anything is stored, also if a stored message is tried again."""
-    more = 'main.server.store = sqlite_store.SQLiteStore("../chat.sqlite")'
-    code = file_with("model_picker", "sqlite_store", "widget", more=more)
-    before = recipe("before", provider_name, code, MODELS="gpt-4o-mini")
-    chat = Chat(before.url)
-    chat.say("hello", **choosing("gpt-4o-mini"))
-    now = Chat(recipe("now", provider_name, code).url, thread_id=chat.thread_id)
-    asked = chat.items()[0]["id"]
-    refused = now.post("threads.retry_after_item", thread_id=chat.thread_id, item_id=asked)
-    answers = [refused]
-    for choice in (choosing("gpt-4o-mini"), choosing(tool="nope")):
-        sent = message("hello", **choice)
-        answers.append(now.post("threads.create", input=sent))
-        answers.append(now.post("threads.add_user_message", thread_id=chat.thread_id, input=sent))
-    model, tool = (
-        (400, "The model gpt-4o-mini is not offered."),
-        (400, "The tool nope is not offered."),
-    )
-    found = [(answer.status_code, answer.json()["detail"]) for answer in answers]
-    assert found == [model, model, model, tool, tool]
-    assert (len(now.items()), len(now.get("threads.list")["data"])) == (2, 1)
+    code = file_with("model_picker", more=WITHDRAW)
+    chat = Chat(recipe("withdrawn", "openai", code, MODELS="openai/gpt-4o-mini").url)
+    chosen = choosing("openai/gpt-4o-mini")
+    chat.say("hello", **chosen)
+    chat.http.post("/withdraw")
+    items, thread = chat.items(), {"thread_id": chat.thread_id}
+    model = "The model openai/gpt-4o-mini"
+    for name, type, params in (
+        (model, "threads.retry_after_item", {**thread, "item_id": items[0]["id"]}),
+        (model, "threads.create", {"input": message("hello", **chosen)}),
+        (model, "threads.add_user_message", {**thread, "input": message("hello", **chosen)}),
+        ("The tool nope", "threads.create", {"input": message("hello", **choosing(tool="nope"))}),
+    ):
+        answer = chat.post(type, **params)
+        assert (answer.status_code, answer.json()) == (400, {"detail": f"{name} is not offered."})
+    assert chat.items() == items and len(chat.get("threads.list")["data"]) == 1
     assert len(provider.requests) == 1
 
 
-@one_provider
-def test_a_choice_holds_for_its_turn(recipe, provider, provider_name):
+def test_a_choice_holds_for_its_turn(recipe, provider):
     """The model's after a client tool, too; the tool's in the agent's first step only."""
-    names = ("client_tool", "hand_off", "widget", "model_picker")
-    server = recipe("choices", provider_name, file_with(*names), MODELS="gpt-4o-mini")
-    chat = Chat(server.url)
+    code = file_with("client_tool", "hand_off", "widget", "model_picker")
+    chat = Chat(recipe("choices", "openai", code, MODELS="gpt-4o-mini").url)
     provider.script["time"] = [[ToolCall("local_time")], [Text("Noon.")]]
     chat.say("time", **choosing("gpt-4o-mini", "local_time"))
     chat.answer("noon")
@@ -476,37 +403,31 @@ def test_a_choice_holds_for_its_turn(recipe, provider, provider_name):
     provider.script["bill"] = [*calls, [Text("Yes?")]]
     chat.say("bill", **choosing(tool="find_table"))
     asked = [(seen.body["model"], seen.body.get("tool_choice")) for seen in provider.requests]
-
-    def forced(tool: str) -> dict:
-        return {"type": "function", "function": {"name": tool}}
-
-    assert asked == [
-        ("gpt-4o-mini", forced("local_time")),
-        ("gpt-4o-mini", None),
-        ("gpt-4o", forced("find_table")),
-        ("gpt-4o", None),
-        ("gpt-4o", None),
-    ]
+    time, table = (
+        {"type": "function", "function": {"name": name}} for name in ("local_time", "find_table")
+    )
+    assert asked[:2] == [("gpt-4o-mini", time), ("gpt-4o-mini", None)]
+    assert asked[2:] == [("gpt-4o", table), ("gpt-4o", None), ("gpt-4o", None)]
 
 
 # ---- A second agent -----------------------------------------------------------------------------
 
 
-def test_a_hand_off(recipe, provider, provider_name, main):
+def instructions(provider) -> list[str]:
+    """The instructions of each request."""
+    return [seen.format.instructions(seen.body) for seen in provider.requests]
+
+
+def test_a_hand_off(recipe, provider, main):
     """Who took over goes on, until it hands back."""
-    chat = Chat(recipe("hand_off", provider_name).url)
+    chat = Chat(recipe("hand_off", "openai").url)
     provider.script["my invoice is wrong"] = [
         [Text("One moment. "), ToolCall("transfer_to_billing")],
         [Text("Which number has it?")],
     ]
     assert texts(chat.say("my invoice is wrong")) == ["One moment. ", "Which number has it?"]
-    assert [without_ids(item) for item in chat.items()[1:]] == [
-        reply("One moment. "),
-        reply("Which number has it?"),
-    ]
-    pair = tool_pair(provider_name, "transfer_to_billing", {}, '{"assistant": "Billing"}')
-    assert told(provider)[-1] == pair[-1]
-    provider.script["thanks"] = [[ToolCall("transfer_to_assistant")], [Text("Anything else?")]]
+    back = ToolCall(Handoff.default_tool_name(main.server.agent))
+    provider.script["thanks"] = [[back], [Text("Anything else?")]]
     for text in ("the number is 7", "thanks", "no"):
         chat.say(text)
     first = main.INSTRUCTIONS
@@ -522,100 +443,36 @@ billing.handoffs += [handoff(refunds, tool_name_override="pay_back"), euro]
 AGENTS = [first, billing, refunds, euro]
 """,
 }
+TWINS = HAND_OFFS | {'handoff(refunds, tool_name_override="pay_back")': "refunds"}
 
 
-@one_provider
-def test_a_hand_off_that_does_not_end_well(recipe, provider, provider_name):
+def test_names_of_agents_that_collide(recipe, provider):
+    """The model has one name for two tools, and the start says so."""
+    code = changed((EXAMPLES / "hand_off.py").read_text(), TWINS)
+    warning = "Two agents have one tool name, and the model reaches only one: transfer_to_refunds"
+    assert "\n".join(recipe("twins", "openai", code).log).count(warning) == 1
+
+
+def test_a_hand_off_that_does_not_end_well(recipe, provider):
     """It holds after an error and a stop, and a rename meanwhile does, too."""
     code = changed((EXAMPLES / "hand_off.py").read_text(), HAND_OFFS)
-    server = recipe("nested", provider_name, code)
-    assert "name for the model" not in "\n".join(server.log)
+    server = recipe("nested", "openai", code)
     failed, stopped = Chat(server.url), Chat(server.url)
     handed_off = [ToolCall("transfer_to_billing")], [ToolCall("pay_back")]
     provider.script["fail"] = [*handed_off, [Failure("key")]]
     error_of(failed.say("fail"))
 
-    silence = Silence()
-    provider.script["stop"] = [*handed_off, [Text("We"), silence]]
-    for event in stopped.start("stop"):
-        if event.type == "thread.item.updated" and event.update.type.endswith("text_delta"):
-            again = Chat(server.url, thread_id=stopped.thread_id)
-            again.get("threads.update", thread_id=stopped.thread_id, title="Mine")
-            break
+    provider.script["stop"] = [*handed_off, [Text("We"), Silence()]]
+    stream = stopped.start("stop")
+    next(event for event in stream if '"We"' in event.model_dump_json())
+    again = Chat(server.url, thread_id=stopped.thread_id)
+    again.get("threads.update", thread_id=stopped.thread_id, title="Mine")
+    stream.close()
     server.wait_for(f"thread={stopped.thread_id} ")
     for chat in (failed, stopped):
         chat.say("and now?")
         assert instructions(provider)[-1] == "Refunds"
-    assert stopped.get("threads.get_by_id", thread_id=stopped.thread_id)["title"] == "Mine"
-
-
-@one_provider
-def test_names_of_agents_that_collide(recipe, provider, provider_name):
-    """The model has one name for two tools; an agent with a tool name of its own has another."""
-    changes = {**HAND_OFFS, 'handoff(refunds, tool_name_override="pay_back")': "refunds"}
-    server = recipe(
-        "twins", provider_name, changed((EXAMPLES / "hand_off.py").read_text(), changes)
-    )
-    warning = "Two agents have one tool name, and the model reaches only one: transfer_to_refunds"
-    assert "\n".join(server.log).count(warning) == 1
-
-
-# ---- The tools of MCP servers -------------------------------------------------------------------
-
-
-def rainy(name: str = "MCP_SERVER", *arguments: object, weather: str = "rains") -> dict[str, str]:
-    """The variable of an MCP server."""
-    command = [sys.executable, SUPPORT / "mcp_server.py", weather, *arguments]
-    return {name: shlex.join(map(str, command))}
-
-
-def children(server: Server) -> list[int]:
-    pid = server.process.pid
-    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-
-
-@pytest.mark.slow
-def test_the_tools_of_an_mcp_server(recipe, provider, provider_name):
-    server = recipe("mcp_tools", provider_name, **rainy())
-    chat = Chat(server.url)
-    tool, arguments = "mcp_server__weather", {"city": "Rome"}
-    provider.script["rain?"] = [[ToolCall(tool, arguments)], [Text("It does.")]]
-    assert texts(chat.say("rain?")) == ["It does."]
-    pair = tool_pair(provider_name, tool, arguments, "It rains in Rome.")
-    assert told(provider) == [("user", "rain?"), *pair]
-    assert f"PROVIDER={provider_name}, model" in "\n".join(server.log)  # main.py's own start
-    (child,) = children(server)
-    server.stop()
-    assert not Path(f"/proc/{child}").exists()
-
-
-@pytest.mark.slow
-@one_provider
-def test_an_mcp_server_that_comes_and_goes(recipe, provider, provider_name, tmp_path):
-    """Each is asked for its tools in each turn, and started if it does not answer."""
-    late = rainy("MCP_SERVER_LATE", tmp_path / "there", weather="snows")
-    server = recipe("mcp_tools", provider_name, **rainy("MCP_SERVER_SOON"), **late)
-    assert "The MCP server late is away" in "\n".join(server.log)
-
-    def weather(chats: int, *names: str) -> list[str]:
-        """What the servers of these names answer, in so many chats at once."""
-        provider.requests.clear()
-        calls = [ToolCall(f"mcp_{name}__weather", {"city": "Rome"}) for name in names]
-        questions = [f"rain {number}?" for number in range(chats)]
-        provider.script.update({text: [calls, [Text("See above.")]] for text in questions})
-        assert len(say_at_once(server.url, questions)) == chats
-        said = str([seen.messages for seen in provider.requests])
-        return sorted(re.findall(r"It (\w+) in Rome", said))
-
-    assert weather(1, "soon") == ["rains"]
-    (tmp_path / "there").touch()
-    assert weather(1, "soon", "late") == ["rains", "snows"]
-    for child in children(server):
-        os.kill(child, signal.SIGKILL)
-    assert weather(5, "soon", "late") == ["rains"] * 5 + ["snows"] * 5
-    log = "\n".join(server.log)
-    assert log.count("MCP server") == 1
-    assert "Traceback" not in log
+    assert title(stopped) == "Mine"
 
 
 # ---- A login ------------------------------------------------------------------------------------
@@ -630,9 +487,8 @@ def cookie(secret: str = SECRET, algorithm: str = "HS256", **claims) -> dict[str
     return {"Cookie": "session=" + jwt.encode(claims, secret, algorithm)}
 
 
-@one_provider
-def test_a_login_by_cookie(recipe, provider, provider_name):
-    server = recipe("login", provider_name, **LOGIN)
+def test_a_login_by_cookie(recipe, provider):
+    server = recipe("login", "openai", **LOGIN)
     alice, bob = Chat(server.url), Chat(server.url)
     alice.http.headers.update(cookie())
     bob.http.headers.update(cookie(sub="bob"))
@@ -659,14 +515,14 @@ def test_a_login_by_cookie(recipe, provider, provider_name):
 
 
 @pytest.mark.parametrize(
-    ("environment", "says"),
+    ("unsafe", "says"),
     [
-        ({**LOGIN, "ALLOWED_ORIGINS": "*"}, "With ALLOWED_ORIGINS=* any web page could"),
-        ({**LOGIN, "SESSION_SECRET": "short"}, "SESSION_SECRET needs 32 characters"),
+        ({"ALLOWED_ORIGINS": "*"}, "With ALLOWED_ORIGINS=* any web page could"),
+        ({"SESSION_SECRET": "short"}, "SESSION_SECRET needs 32 characters"),
     ],
 )
-def test_a_login_that_is_not_safe_does_not_start(tmp_path, environment, says):
-    environment = {"PROVIDER": "mock", **environment}
+def test_a_login_that_is_not_safe_does_not_start(tmp_path, unsafe, says):
+    environment = {"PROVIDER": "mock", **LOGIN, **unsafe}
     server = Server(tmp_path, environment, EXAMPLES / "login.py", fork=True)
     assert server.process.wait(60) == 1
     server.reader.join(10)
@@ -677,11 +533,8 @@ def test_a_login_that_is_not_safe_does_not_start(tmp_path, environment, says):
 # ---- Titles -------------------------------------------------------------------------------------
 
 
-async def test_a_title_by_the_model(recipe, provider, provider_name):
-    server = recipe("titles", provider_name)
-
-    def title(chat: Chat) -> str:
-        return chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
+async def test_a_title_by_the_model(recipe, provider):
+    server = recipe("titles", "openai")
 
     # The title is there while the reply streams: the client is told.
     provider.script["The chat starts with: hello"] = [[Text(" A greeting\n")]]
@@ -693,8 +546,7 @@ async def test_a_title_by_the_model(recipe, provider, provider_name):
             titles.append(event.thread.title)
         if len(titles) == 2:
             break
-    assert titles == ["hello", "A greeting"]
-    assert title(early) == "A greeting"
+    assert titles == ["hello", "A greeting"] and title(early) == "A greeting"
     (asked,) = [seen for seen in provider.requests if seen.message != "hello"]
     assert asked.messages == [("user", "The chat starts with: hello")]
     task = "Write a title of at most five words for a chat that starts as follows."
@@ -713,15 +565,13 @@ async def test_a_title_by_the_model(recipe, provider, provider_name):
     await until(lambda: title(late) == "A number")
     assert title(renamed) == "mine"
 
-    # An error leaves the first words, and one line in the log.
+    # An error leaves the first words, and one line in the log. A second message asks for no title.
     provider.script["The chat starts with: three"] = [[Failure("key")]]
     start, failed = len(server.log), Chat(server.url)
     assert texts(failed.say("three")) == ["You said: three"]
     server.wait_for(f"No title for {failed.thread_id}")
     (line,) = [line for line in server.log[start:] if not line.startswith("INFO")]
     assert line.startswith(f"WARNING:  No title for {failed.thread_id}: AuthenticationError 401")
-    assert title(failed) == "three"
-    # The second message of a thread asks for none.
     provider.requests.clear()
     failed.say("four")
-    assert [seen.message for seen in provider.requests] == ["four"]
+    assert [seen.message for seen in provider.requests] == ["four"] and title(failed) == "three"

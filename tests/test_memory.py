@@ -8,12 +8,11 @@ import json
 import re
 
 import pytest
-from agents import ModelSettings, RunContextWrapper, StopAtTools, function_tool
+from agents import RunContextWrapper, StopAtTools, function_tool
 from chatkit.agents import AgentContext, ClientToolCall
-from openai.types.shared import Reasoning
 
-from client import Chat, Local, Reading, again, done, message, text_of
-from provider import Finish, OpenAI, Raw, Silence, Text, Thought, ToolCall, sign
+from client import Chat, Local, Reading, again, done, text_of
+from provider import Finish, OpenAI, Raw, Silence, Text, Thought, ToolCall
 
 one_provider = pytest.mark.parametrize("provider_name", ["openai"])
 
@@ -53,8 +52,9 @@ def parts(body: dict):
     for entry in body.get("contents") or body["messages"]:
         role = entry["role"].replace("model", "assistant")
         content = entry.get("parts") or entry.get("content") or []
-        if role in ("tool", "system"):  # OpenAI
-            yield from [("output", entry["tool_call_id"], content)] if role == "tool" else []
+        if role == "tool":  # OpenAI
+            yield "output", entry["tool_call_id"], content
+        if role in ("tool", "system"):
             continue
         for part in [{"text": content}] if isinstance(content, str) else content:
             match part:
@@ -69,12 +69,8 @@ def parts(body: dict):
                 case _:
                     yield role, part["text"]
         for call in entry.get("tool_calls", []):
-            yield (
-                "call",
-                call["id"],
-                call["function"]["name"],
-                json.loads(call["function"]["arguments"]),
-            )
+            function = call["function"]
+            yield "call", call["id"], function["name"], json.loads(function["arguments"])
 
 
 def pair(tool: str, arguments: dict, output: str) -> list[tuple]:
@@ -197,13 +193,12 @@ def test_a_retry_forgets(custom_chat, provider):
 
 
 @one_provider
-@pytest.mark.parametrize("tool", ["slow", "slow_in_a_thread"])
-def test_a_stop_in_a_tool(custom_chat, customised, provider, main, tool):
+def test_a_stop_in_a_tool(custom_chat, customised, provider, main):
     """A tool that was stopped may have done its work: it must not do it a second time."""
-    provider.script["look"] = [[Text("Let me see. "), OSLO, ToolCall(tool)]]
+    provider.script["look"] = [[Text("Let me see. "), OSLO, ToolCall("slow_in_a_thread")]]
     stream = custom_chat.start("look")
     next(event for event in stream if "see. " in event.model_dump_json())
-    customised.wait_for(f"{tool} starts in {custom_chat.thread_id}")
+    customised.wait_for(f"slow_in_a_thread starts in {custom_chat.thread_id}")
     stream.close()
     customised.wait_for(f"thread={custom_chat.thread_id} ")
     custom_chat.say("and on")
@@ -212,7 +207,7 @@ def test_a_stop_in_a_tool(custom_chat, customised, provider, main, tool):
         ("user", "look"),
         ("assistant", "Let me see. "),
         *stock("Oslo"),
-        *pair(tool, {}, main.STOPPED_CALL),
+        *pair("slow_in_a_thread", {}, main.STOPPED_CALL),
         ("assistant", "The tool has given its output."),
         ("user", f"{note(cancelled)}\n\nand on"),
     ]
@@ -220,7 +215,7 @@ def test_a_stop_in_a_tool(custom_chat, customised, provider, main, tool):
 
 # A tool's error, a tool of an MCP server, an agent as a tool, and a hand-off: (call, output).
 OTHERS = {
-    "divide": ({"number": 0}, "error occurred while running the tool"),
+    "give": ({"what": "nothing"}, "error occurred while running the tool"),
     "sunrise": ({"day": "Monday"}, "Monday: 06:12"),
     "ask_second": ({"input": "what now?"}, "You said: what now?"),
     "transfer_to_second": ({}, "Second"),
@@ -276,7 +271,7 @@ def test_arguments_are_always_an_object_and_never_long(main):
     assert "characters were cut out here" in long and len(long) < main.TOOL_OUTPUT_LENGTH + 100
 
 
-# ---- In this process: reasoning, and the window -------------------------------------------------
+# ---- In this process -----------------------------------------------------------------------------
 
 
 @function_tool(name_override="stock")
@@ -294,32 +289,15 @@ TOOLS = {
     "tools": [look_up, pick_colour],
     "tool_use_behavior": StopAtTools(stop_at_tool_names=["pick_colour"]),
 }
-REASONING = {  # what the provider wants back beside the calls
-    "gemini/gemini-flash-latest": ['"thoughtSignature": "c2ln"'],
-    "anthropic/claude-sonnet-4-5": [f'"signature": "{sign(text)}"' for text in ("Hm.", "So.")],
-    "deepseek/deepseek-reasoner": [f'"reasoning_content": "{text}"' for text in ("Hm.", "So.")],
-}
 
 
-@pytest.mark.parametrize("model", REASONING)
-async def test_reasoning_is_kept_with_its_call(main, provider, model):
-    """Providers refuse a call without it while the turn goes on, here after a client's tool."""
-    settings = ModelSettings(reasoning=Reasoning(effort="high"))
-    local = Local(main, provider, model=model, model_settings=settings, **TOOLS)
-    provider.script["think"] = [[Thought("Why?"), Text("Yes.")]]
-    provider.script["look"] = [
-        [Thought("Hm."), Text("Let me look. "), OSLO],
-        [Thought("So."), RED],
-        [Text("Red it is.")],
-    ]
-    await local.say("think")
-    assert "hidden_context_item" not in [item.type for item in await local.items()]
+async def test_geminis_signature_is_kept_with_its_call(main, provider):
+    """While the turn goes on, here after a client's tool, Gemini refuses a call without it."""
+    local = Local(main, provider, model="gemini/gemini-flash-latest", **TOOLS)
+    provider.script["look"] = [[Thought("Hm."), OSLO], [RED], [Text("Red it is.")]]
     await local.say("look")
     assert [text_of(item) for item in done(await local.answer("red"))] == ["Red it is."]
-    body = json.dumps(provider.requests[-1].body)
-    assert [body.count(text) for text in REASONING[model]] == [1] * len(REASONING[model])
-    assert "Why?" not in body
-    assert done(await local.say("and on")) and not provider.refused
+    assert json.dumps(provider.requests[-1].body).count('"thoughtSignature": "c2ln"') == 1
 
 
 async def test_the_window_starts_at_a_question_and_splits_no_call(main, provider, monkeypatch):
@@ -352,26 +330,8 @@ async def test_a_turn_that_is_longer_than_the_window(main, provider, monkeypatch
 
 
 @one_provider
-def test_a_client_tool_call_is_told_once(custom_chat, provider):
-    """chatkit stores it, so it must not be remembered as well. Its question keeps its quote."""
-    provider.script[QUOTE] = [[Text("Choose. "), RED, OSLO], [Text("Red it is.")]]
-    custom_chat.say("a colour", quoted_text="the quoted part")
-    events = custom_chat.answer({"c": "red"})
-    assert [text_of(item) for item in done(events)] == ["Red it is."]
-    expected = [
-        ("user", f"a colour\n\n{QUOTE}"),
-        ("assistant", "Choose. "),
-        *stock("Oslo"),
-        *pair("pick_colour", {"hint": "warm"}, '{"c": "red"}'),
-    ]
-    assert conversation(provider) == expected
-    custom_chat.say("and on")
-    assert conversation(provider)[:-2] == expected
-
-
-@one_provider
 async def test_another_turn_replies_before_the_client_answers(custom_chat, provider):
-    """The answer is found, and the model reads it after that reply."""
+    """The answer is found, and the model reads it after that reply, once."""
     custom_chat.say("hello")
     first, second = Silence(), Silence()
     provider.script["a colour"] = [[first, RED]]
@@ -401,30 +361,21 @@ async def test_another_turn_replies_before_the_client_answers(custom_chat, provi
 
 @one_provider
 def test_a_message_that_is_only_a_quote(chat, provider):
-    chat.say("hello")
     assert done(chat.say("", quoted_text="the quoted part"))
-    assert told(provider)[2:] == [("user", QUOTE)]
-    blank = message(" ", quoted_text=" \n")
-    response = chat.post("threads.add_user_message", thread_id=chat.thread_id, input=blank)
-    assert (response.status_code, response.json()) == (400, {"detail": "The message is empty."})
+    assert told(provider) == [("user", QUOTE)]
 
 
 @one_provider
-def test_each_tag_is_told(chat, provider):
-    """Between white space, and with an id in its data; no script is escaped."""
-    tags = [
-        {"type": "input_tag", "id": f"doc_{title}", "text": title, "data": data}
-        for title, data in [("Bericht", {"ort": "Köln"}), ("Plan", {"ort": "東京", "id": "forged"})]
-    ]
-    content = [{"type": "input_text", "text": " \n "}, *tags, {"type": "input_text", "text": " "}]
-    events = list(chat.stream("threads.create", input=message("") | {"content": content}))
-    assert "error" not in [event.type for event in events]
+def test_a_tag_is_told(chat, provider):
+    """Also between white space, and with an id in its data; no script is escaped."""
+    tag = {"type": "input_tag", "id": "doc_2", "text": "Bericht"}
+    tag["data"] = {"ort": "東京", "id": "forged"}
+    blank = {"type": "input_text", "text": " \n "}
+    assert done(chat.say("", content=[blank, tag, blank]))
     ((role, text),) = told(provider)
-    first, *_, one, two = text.split("\n\n")
-    assert (role, first) == ("user", " \n @Bericht@Plan ")
-    assert one.startswith("Bericht: {") and '"ort": "Köln"' in one and '"id": "doc_Bericht"' in one
-    assert two.startswith("Plan: {") and '"ort": "東京"' in two
-    assert '"id": "doc_Plan"' in two and "forged" not in two
+    assert (role, text.split("\n\n")[0]) == ("user", " \n @Bericht \n ")
+    told_of_it = text.rpartition("\n\nBericht: ")[2]
+    assert json.loads(told_of_it) == {"ort": "東京", "id": "doc_2"} and "東京" in told_of_it
 
 
 def hide(chat: Chat, content) -> None:
@@ -464,20 +415,3 @@ def test_an_item_that_cannot_be_told(custom_chat, customised, provider):
     (line,) = [line for line in log if "cannot be told to the model: NotImplementedError" in line]
     assert custom_chat.debug()[2]["id"] in line
     assert "secret words" not in "\n".join(log) and "Traceback" not in "\n".join(log)
-
-
-# ---- Where it is kept ---------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_after_a_restart_with_another_provider(servers, provider):
-    """The calls are told to it without the data that only the first one understands."""
-    chat = Chat(servers("durable_gemini").url)
-    provider.script["look"] = [[Thought("Hm."), OSLO], [Text("Here.")]]
-    chat.say("look")
-    for name in ("openai", "anthropic"):
-        chat = Chat(servers(f"durable_{name}").url, thread_id=chat.thread_id)
-        assert done(chat.say(f"now {name}"))
-        expected = [("user", "look"), *stock("Oslo"), ("assistant", "Here.")]
-        assert conversation(provider)[:4] == expected
-        assert "provider_data" not in json.dumps(provider.requests[-1].body)

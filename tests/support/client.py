@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +28,8 @@ ROOT = SUPPORT.parent.parent
 MAIN = ROOT / "backend" / "main.py"
 # By default each client of httpx loads all certificates, which takes 26 ms.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+START = '\nif __name__ == "__main__":'
+LOGIN = "\nfrom users import logged_in\n\napp.dependency_overrides[request_context] = logged_in\n"
 EVENT: TypeAdapter[ThreadStreamEvent] = TypeAdapter(ThreadStreamEvent)
 
 
@@ -93,7 +94,8 @@ class Server:
 
     With `fork`: a fork of a process that has done the imports (forked.py).
     With `workers`: new processes, which uvicorn starts from the program's `app`.
-    With `changes`: parts of main.py and what replaces them."""
+    With `changes`: parts of main.py and what replaces them.
+    Without `login`, main.py keeps its own instead of that of the tests (users.py)."""
 
     def __init__(
         self,
@@ -103,10 +105,12 @@ class Server:
         fork: bool = False,
         changes: dict[str, str] | None = None,
         workers: int = 1,
+        login: bool = True,
     ):
         (folder / "backend").mkdir(parents=True, exist_ok=True)
         main = folder / "backend" / "main.py"
-        main.write_text(changed(main_code(), changes))
+        code = changed(main_code(), changes)
+        main.write_text(changed(code, {START: LOGIN + START} if login else {}))
         self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -122,7 +126,7 @@ class Server:
             "HOME": str(folder),
             # This copy of main.py, and not yours with its .env.
             "PYTHONPATH": os.pathsep.join(
-                map(str, (SUPPORT / "only_loopback", main.parent, EXAMPLES, POSTGRES))
+                map(str, (SUPPORT / "only_loopback", main.parent, EXAMPLES, POSTGRES, SUPPORT))
             ),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
@@ -341,12 +345,6 @@ def outline(items: list[dict]) -> str:
                 tasks = item["workflow"]["tasks"]
                 found += "[workflow]" + "|".join(task["content"] for task in tasks)
     return found
-
-
-def say_at_once(url: str, texts: list[str]) -> dict[str, list]:
-    """Each text in a thread of its own; the events of each."""
-    with ThreadPoolExecutor(len(texts)) as pool:
-        return dict(zip(texts, pool.map(lambda text: Chat(url).say(text), texts), strict=True))
 
 
 async def until(true, seconds: float = 5) -> None:

@@ -2,12 +2,15 @@
 
 Run in main.py's place (main.py is imported, its names are used); the agent's tools are what the
 scripts in the tests call. Some of the tools and of the store's methods fail when they are told to.
+A message that ends with "via PROVIDER/MODEL" is answered by that model.
 """
 
 import asyncio
 import gc
+import json
 import os
 import time
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -31,6 +34,10 @@ from chatkit.widgets import Card, Text
 from fastapi import Request
 from mcp.types import CallToolResult, TextContent
 from mcp.types import Tool as MCPTool
+from openai.types.shared import Reasoning
+
+if base := os.environ.get("BASE"):  # another server of the tests' provider
+    os.environ["OPENAI_BASE_URL"] = os.environ["OPENAI_BASE_URL"].replace("/openai", f"/{base}/v1")
 
 import main
 from sqlite_store import SQLiteStore
@@ -73,13 +80,9 @@ async def stock(city: str) -> str:
     return f"{city}: A=4711, B=4712"
 
 
-@tool
-async def divide(number: int) -> str:
-    return f"{1 / number}"
-
-
 OUTPUTS = {
     "report": "the start " + "x" * 200_000 + " the end",
+    "two texts": [ToolOutputText(text="one text"), ToolOutputText(text="another")],
     "half a pair": "half \ud83d",  # of surrogates
     "pictures": [
         ToolOutputText(text="two things"),
@@ -112,14 +115,9 @@ def slow_in_a_thread() -> None:
 
 
 @raising
-async def broken() -> str:
-    raise ZeroDivisionError("a bug in a tool")
-
-
-@raising
-async def broken_database() -> str:
+async def broken() -> None:
     """A tool whose own connection timed out, which the provider did not cause."""
-    raise TimeoutError("the tool's database was silent")
+    raise TimeoutError("the database was silent")
 
 
 @tool
@@ -167,6 +165,13 @@ async def show_card(ctx: Context) -> None:
     await context.start_workflow(types.Workflow(type="custom", tasks=[]))
     await context.add_workflow_task(types.CustomTask(title="a step", content="taken"))
     await context.end_workflow()
+
+
+@tool
+async def last_card(ctx: Context) -> str:
+    """Show a card, which ends the turn."""
+    await ctx.context.stream_widget(Card(children=[Text(value="a card")]))
+    return "the card was shown"
 
 
 @tool
@@ -253,16 +258,31 @@ class Hooks(AgentHooks):
             print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
 
 
+THINKING = main.ModelSettings(reasoning=Reasoning(effort="low"))
+ENDING = ["pick_colour", "ask_page", "last_card"]
 second = Agent("Second", instructions="You are the second agent.")
 agent.handoffs = [second]
+for name, model in json.loads(os.environ.get("OTHERS", "{}")).items():
+    settings = THINKING if name == "Claude" else main.ModelSettings()
+    agent.handoffs.append(Agent(f"Other {name}", model=model, model_settings=settings))
 agent.tools.append(second.as_tool("ask_second", "Ask the second agent."))
 agent.mcp_servers = [Almanac()]
-agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "ask_page"])
+agent.tool_use_behavior = StopAtTools(stop_at_tool_names=ENDING)
 agent.output_guardrails = [no_secrets]
 agent.hooks = Hooks()
 agent.model = ThinkingModel(main.model.model)
 agent.model_settings = main.ModelSettings(max_tokens=1_000)  # nothing else may get lost
+if "THINKING" in os.environ:
+    agent.model_settings = THINKING
 main.server.forgotten_tools.add("password")
+
+
+async def run_config_for(thread, input, context):
+    model = main.message_text(input).partition(" via ")[2] if input else ""
+    return replace(main.server.run_config, model=model or None)
+
+
+main.server.run_config_for = run_config_for
 
 
 async def act(thread, action, sender, context):
@@ -271,10 +291,8 @@ async def act(thread, action, sender, context):
         raise CustomStreamError("You cannot do this now.", allow_retry=False)
     if action.type == "break":
         raise ZeroDivisionError("a bug in an action")
-    content = [types.AssistantMessageContent(text="You clicked.")]
-    yield types.ThreadItemDoneEvent(
-        item=types.AssistantMessageItem(**place(thread), content=content)
-    )
+    note = types.HiddenContextItem(**place(thread), content="You clicked.")
+    yield types.ThreadItemDoneEvent(item=note)
 
 
 main.server.action = act
@@ -286,7 +304,13 @@ async def hidden_context_to_input(item, convert=main.server.converter.hidden_con
     return await convert(item)
 
 
+async def image(attachment) -> dict:
+    url = "data:image/png;base64,iVBORw0KGgo="
+    return {"type": "input_image", "detail": "auto", "image_url": url}
+
+
 main.server.converter.hidden_context_to_input = hidden_context_to_input
+main.server.converter.attachment_to_message_content = image
 
 # ---- The store ----------------------------------------------------------------------------------
 
@@ -304,14 +328,6 @@ async def save_thread(thread, context, save=main.store.save_thread):
     await save(thread, context)
 
 
-async def history(thread, context, load=main.server.history):
-    told = await load(thread, context)
-    if "no history" in str(told):
-        raise OSError("the history was not read")
-    return told
-
-
-main.server.history = history
 main.store.add_thread_item, main.store.save_thread = add_thread_item, save_thread
 
 # ---- LiteLLM, and routes of the tests -----------------------------------------------------------
@@ -340,6 +356,14 @@ async def add_hidden_item(thread_id: str, request: Request):
     thread = await main.server.store.load_thread(thread_id, {})
     item = types.HiddenContextItem(**place(thread), content=await request.json())
     await main.server.store.add_thread_item(thread_id, item, {})
+
+
+@app.post("/image")
+async def keep_image() -> str:
+    id = main.store.generate_item_id("attachment", None, {})
+    facts = {"name": "a.png", "mime_type": "image/png", "preview_url": "https://a.example/a.png"}
+    await main.store.save_attachment(types.ImageAttachment(id=id, **facts), {})
+    return id
 
 
 @app.get("/worker")
