@@ -199,9 +199,9 @@ MAX_BODY_BYTES = 1024 * 1024  # of a request
 MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
 SILENCE_SECONDS = 15  # a stream sends a heartbeat after this time without an event
-STOP_SECONDS = 5  # that turns may go on after SIGTERM, and that a stopped turn has to end
+STOP_SECONDS = 5  # for turns after SIGTERM, and for a stopped turn until it has ended
 RETRY_SECONDS = 5  # a provider that asks for a longer wait is not asked again
-DISCONNECT_SECONDS = 0.05  # that a new message waits for a stop that was sent with it
+DISCONNECT_SECONDS = 0.05  # for which a new message waits for a stop that was sent with it
 
 
 def setting(name: str, default: str, kind: Any = str) -> Any:
@@ -389,8 +389,8 @@ def litellm_name(provider: str, model: str) -> str:
         model = DEFAULT_MODELS.get(provider, "")
     if not model or provider not in [*DEFAULT_MODELS, *litellm.provider_list]:
         raise SystemExit(
-            f"PROVIDER={provider!r} is none of {', '.join(DEFAULT_MODELS)}."
-            " Any other of LiteLLM's providers needs MODEL, too."
+            f"PROVIDER={provider!r} must be one of {', '.join(DEFAULT_MODELS)}, or, with MODEL, a"
+            " provider that LiteLLM has."
         )
     prefix = "openai" if provider == "mock" else provider
     # A server of your own may have models whose ids begin like this: vLLM's "openai/gpt-oss-20b".
@@ -409,8 +409,8 @@ def address_variable(provider: str) -> str:
 class ErrorKind:
     """One kind of error: what the person in the chat reads of it, and how it is recognised.
 
-    It fits if the class of a cause is listed. It also fits if the provider's HTTP status is, and if
-    what the provider says matches the words, a regular expression.
+    It fits if a cause has a listed class, or if the HTTP status is listed and the provider's text
+    matches `words`, a regular expression.
     """
 
     message: str  # may name the {key}, the {model} and the {address}
@@ -452,7 +452,7 @@ NOT_UNDERSTOOD = ErrorKind(
     words="tool_use_failed|Got unexpected response",
 )
 CUT_OFF = ErrorKind(
-    "The reply was cut off: the AI provider dropped the connection. Try again.",
+    "The reply was cut off: the AI provider did not finish it. Try again.",
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
@@ -474,8 +474,8 @@ UNAVAILABLE = ErrorKind(
     classes=(OSError,),
 )
 REFUSED_MESSAGE = ErrorKind(
-    "The AI provider refused this message, and later turns leave it out. The server's log has the"
-    " reason.",
+    "The AI provider refused this message, and later turns leave it out. Change it, and send it"
+    " again.",
     statuses=[400, 413, 422],
 )
 NO_KEY = ErrorKind("This server has no {key}. Set it, or try PROVIDER=mock.")
@@ -495,7 +495,7 @@ CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=range(400, 600), words=NO_QUOTA),
     ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=NO_MODEL),
     ErrorKind(
-        "The AI provider has no such endpoint. The server's log has the reason.{address}",
+        "The AI provider has nothing at this address. The server's log has the reason.{address}",
         statuses=[404, 405],
     ),
     ErrorKind(KEY_REFUSED, statuses=[401], classes=(AuthenticationError,)),
@@ -505,7 +505,7 @@ CHAT_ERRORS = [  # the first that fits is the one
         statuses=[403],
     ),
     ErrorKind(
-        "This conversation is too long. Start a new thread.",
+        "This is too long for the model. Shorten your message, or start a new thread.",
         statuses=[413, 429],
         classes=(ContextWindowExceededError,),
         words="Request too large",
@@ -545,7 +545,7 @@ AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 class ChatError(CustomStreamError):
     """An error whose message the person in the chat reads. Its `__cause__` is for the log."""
 
-    # Otherwise openai-agents raises an error before it has passed on the deltas that preceded it.
+    # Without this, openai-agents raises an error before it passes on the earlier deltas.
     _agents_drain_queued_stream_events = True
 
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
@@ -676,7 +676,7 @@ class ProviderModel(LitellmModel):
         settings = self.settings.resolve(model_settings)
         known = litellm.get_supported_openai_params(self.model)
         if tools and known and "tools" not in known:
-            logger.warning("LiteLLM knows no tools for %s, and leaves them out.", self.model)
+            logger.warning("LiteLLM says that %s takes no tools. It leaves them out.", self.model)
         fetch: Any = super()._fetch_response  # its overloads allow no *args
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
@@ -708,7 +708,7 @@ async def checked_chunks(
     reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
-        # OpenAI's client takes a web page, or an error object as LM Studio's, for an empty stream.
+        # OpenAI's client reads a web page, or an error object (LM Studio), as an empty stream.
         response: Any = getattr(stream.completion_stream, "response", None)
         kind = response.headers.get("Content-Type", "") if response else ""
         if kind.startswith(("text/html", "application/json")):
@@ -869,7 +869,7 @@ class Turn:
     async def aclose(self) -> None:
         """Stop the turn because the client has left. A turn that has ended stays as it is."""
         if not self.task.done():
-            self.client_left = True
+            self.client_left = not self.stopped
             self.stop()
 
     def stop(self, last_event: bytes = b"") -> None:
@@ -909,7 +909,7 @@ class Turn:
             if self.memory:
                 # After an error of the Store, chatkit leaves the run as it is. After any error,
                 # its _merge_generators leaves a task that waits for one more event ("Task was
-                # destroyed but it is pending!"). Nobody reads this one.
+                # destroyed but it is pending!"). This event ends the task, and no client gets it.
                 self.memory.run.cancel()
                 await self.memory.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
@@ -994,7 +994,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if thread.title is None and input:
             thread.title = message_text(input)[:TITLE_LENGTH] or None
             # chatkit saves a changed thread after each event that it gets. The next one comes from
-            # the model: until then the thread may be deleted, and would come back.
+            # the model. A thread that is deleted before it would be saved again.
             yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
@@ -1121,8 +1121,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 if turn.memory:
                     turn.memory.context.thread.title = request.params.title
         if is_streaming_req(request):
-            # Whoever stops a reply and sends the next message at once does both at the same moment:
-            # the server may hear of the message first. What was streamed is stored before it.
+            # A user may stop a reply and send a message at once. The server may see the message
+            # first: it waits, so that what was streamed is stored before it.
             await wait_until_ended(turns, seconds=DISCONNECT_SECONDS)
             await wait_until_ended([turn for turn in turns if turn.stopped])
 
@@ -1209,7 +1209,7 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
         # pydantic makes an object of each value, and an error of each wrong one.
         too_many = count_values(value) > MAX_VALUES
-        require(not too_many, f"There are more than {MAX_VALUES} JSON values in a request.")
+        require(not too_many, f"The request has more than {MAX_VALUES} JSON values.")
         return REQUEST.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
@@ -1529,9 +1529,9 @@ class Converter(ThreadItemConverter):
 def model_input(items: str | list[Any], model: str) -> list[Any]:
     """Return the model's input as every provider takes it.
 
-    Many models refuse two messages of one role after each other, Mistral a user's message right
-    after a tool's output, some servers a list where a text would do, most an empty text, and some
-    a tool call without reasoning, as another model's is for them.
+    Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
+    refuses a user's message right after a tool's output. Some servers refuse a list in place of a
+    text. Some models refuse a tool call without their own reasoning.
     """
     told: list[Any] = [{}]
     for item in ItemHelpers.input_to_new_input_list(items):
@@ -1604,7 +1604,7 @@ def parts_of(content: Any) -> list[Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return the value as JSON for the model, to whom other scripts are not escaped."""
+    """Return the value as JSON for the model, with all characters as they are."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -1620,7 +1620,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     logger.info("PROVIDER=%s, model %s, %s. The chat is at /chatkit", PROVIDER, model.model, file)
     if model.missing_keys:
         missing = " or ".join(model.missing_keys)
-        logger.warning("LiteLLM misses %s. PROVIDER=mock needs no key.", missing)
+        logger.warning("LiteLLM may need %s. PROVIDER=mock needs no key.", missing)
     if not TOKENS and request_context not in app.dependency_overrides:
         logger.warning(
             "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
@@ -1678,12 +1678,13 @@ async def not_found(request: Request, error: NotFoundError) -> Response:
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-async def request_context(bearer: Bearer) -> Context:  # CHANGE ME: who is asking, your own login
+# CHANGE ME: who is asking. With a login of your own, delete the other lines with TOKENS, too.
+async def request_context(bearer: Bearer) -> Context:
     """Return the context that the Store receives.
 
     {"user_id": ...} for a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException
-    (401). With a login by cookie, set ALLOWED_ORIGINS to your own pages: browsers send cookies
-    along with every page's requests, so with * any page could read your users' chats.
+    (401). With a login by cookie, set ALLOWED_ORIGINS to your own pages. Browsers send cookies with
+    every page's requests: with *, any page could read your users' chats.
     """
     if not TOKENS:
         return {}
@@ -1711,7 +1712,8 @@ async def request_body(request: Request) -> bytes:
 class EventStream(StreamingResponse):
     """The events of a turn, which is stopped when the client leaves.
 
-    Starlette then cancels the response. If it sends at that moment, it does not close the iterator.
+    Starlette then cancels the response. If it is sending at that moment, it does not close the
+    iterator.
     """
 
     async def stream_response(self, send: Send) -> None:
@@ -1786,7 +1788,8 @@ PAGE = """<!doctype html>
     const isLocal = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
     if (isLocal || options.api?.domainKey) return notice.remove();
     notice.textContent = `ChatKit needs a domain key for ${location.hostname}: add this host at
-      platform.openai.com/settings/organization/security/domain-allowlist, and set api.domainKey.`;
+      platform.openai.com/settings/organization/security/domain-allowlist, and set api.domainKey in
+      PAGE_OPTIONS.`;
   });
 </script>
 <script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async
@@ -1802,7 +1805,7 @@ async def chatkit_page() -> str:
 
 # ---- Repairs -------------------------------------------------------------------------------------
 
-# LiteLLM's only word of its own for a reply that failed.
+# LiteLLM's only finish reason for a reply that failed.
 FAILED_END = "malformed_function_call"
 FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", "ERROR", "error"]
 FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
@@ -1866,8 +1869,8 @@ async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
 def serve() -> None:
     """Serve on HOST and PORT, with one process.
 
-    A program may `import main`, change it, and call this. Several processes need a database:
-    uvicorn --app-dir backend main:app --workers 4
+    A program may `import main`, change it, and call this. Several processes need a database: see
+    tests/postgres/postgres_store.py.
     """
     uvicorn.run(
         app,

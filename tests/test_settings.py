@@ -8,7 +8,7 @@ import pytest
 from client import Chat, Server, done, error_of, load_main, text_of
 
 UNUSABLE = [
-    ("PROVIDER", "gemni", "PROVIDER='gemni' is none of "),
+    ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
     ("PROVIDER", "groq", "needs MODEL"),
     ("PORT", "http", "PORT='http': Input should be a valid integer"),
     ("PORT", "0", "PORT='0': Input should be greater than 0."),
@@ -54,7 +54,7 @@ def test_without_a_key_the_provider_is_never_called(servers, provider, main):
     assert [text_of(item) for item in chat.items()] == ["hello"] and provider.requests == []
     for once in (
         f"INFO:     PROVIDER={name}, model {main.litellm_name(name, 'auto')}, no .env.",
-        "WARNING:  LiteLLM misses ",
+        "WARNING:  LiteLLM may need ",
         "Started server process",
     ):
         assert log.count(once) == 1, log

@@ -16,7 +16,7 @@ MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
 # providers demand of a conversation came on top. These are the figures that were reached.
 BUDGET = {
     "code lines": 1285,  # without blank lines, comments and docstrings
-    "nodes": 10550,  # of the syntax tree
+    "nodes": 10560,  # of the syntax tree
     "nodes a line": 8.4,
     "definitions": 122,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
