@@ -9,7 +9,7 @@ from client import Chat, Server, done, error_of, load_main, text_of
 
 UNUSABLE = [
     ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
-    ("PROVIDER", "groq", "needs MODEL"),
+    ("PROVIDER", "groq", "or, with MODEL, a provider"),
     ("PORT", "http", "PORT='http': Input should be a valid integer"),
     ("PORT", "0", "PORT='0': Input should be greater than 0."),
     ("MODEL_TIMEOUT", "nan", "MODEL_TIMEOUT='nan': Input should be greater than 0."),
