@@ -16,17 +16,17 @@ UV := backend/.lock/bin/uv
 COMPILE := $(UV) pip compile -q --no-header --no-annotate --only-binary :all: $(REQUIREMENTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-slow test-postgres postgres test-latest test-browser lint bench bench-postgres lock check-lock clean
+.PHONY: help venv run test test-slow test-repository test-postgres postgres test-latest test-browser lint bench bench-postgres lock check-lock clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-venv: $(VENV)/installed  ## Create backend/.venv with the tested versions (the others do it themselves)
+venv: $(VENV)/installed  ## Create backend/.venv with the tested versions (run, test and others do this first)
 
 run: venv  ## Run the server, or a file: make run APP=tests/examples/widget.py PROVIDER=mock
 	@PYTHONPATH=backend:tests/examples:tests/postgres exec $(VENV)/bin/python $(APP)
 
-test: venv  ## Run the tests but for the slow ones
+test: venv  ## Run the tests, except the slow ones
 	$(VENV)/bin/python -m pytest -q -m "not slow"
 
 test-slow: venv  ## Run the slow tests: many chats at once, new processes, a browser
@@ -35,14 +35,14 @@ test-slow: venv  ## Run the slow tests: many chats at once, new processes, a bro
 test-repository: venv  ## Run the tests of this repository: README, Makefile, pins, budget
 	$(VENV)/bin/python -m pytest -q tests/repository
 
-test-postgres: postgres  ## Run the tests of what is stored on PostgreSQL, with two workers
+test-postgres: postgres  ## Run the tests of threads and items on PostgreSQL, with two workers
 	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES) tests/postgres
 
 postgres: venv
 	@$(VENV)/bin/python tests/postgres/cluster.py
 	@$(VENV)/bin/python -m pip install -q -r tests/postgres/requirements.txt -c backend/constraints.txt
 
-test-latest: $(LATEST)/installed  ## Run all tests on the newest release of every dependency
+test-latest: $(LATEST)/installed  ## Run the tests, without PostgreSQL's, on the newest releases
 	@$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python -m pytest -q tests tests/repository --ignore tests/repository/test_customised_copy.py
 
@@ -59,7 +59,7 @@ lint: venv  ## Check the format, the code and the types with ruff and mypy
 bench: venv  ## Measure the server against openai-agents and LiteLLM alone (a few minutes)
 	$(VENV)/bin/python tests/bench.py
 
-bench-postgres: postgres  ## Measure it on PostgreSQL, with one worker and with two
+bench-postgres: postgres  ## Measure the server on PostgreSQL, with one worker and with two
 	$(VENV)/bin/python tests/postgres/bench_postgres.py
 
 lock: $(UV)  ## Renew backend/constraints.txt: one set for every supported Python and system
@@ -103,5 +103,5 @@ define make_venv
 	rm -rf $(1)
 	$(FOUND) -m venv $(1)
 endef
-UNSUPPORTED = $(FOUND) is $(or $(shell $(FOUND) --version 2>/dev/null),missing), supported are Python $(PYTHONS): \
+UNSUPPORTED = $(FOUND) is $(or $(shell $(FOUND) --version 2>/dev/null),missing). Python $(PYTHONS) are supported: \
 	make PYTHON=/path/to/python, or uv run backend/main.py, which fetches one

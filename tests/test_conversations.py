@@ -351,7 +351,7 @@ async def test_settings_that_a_model_refuses(main, provider, name):
 
 
 async def test_an_agent_without_a_model(main, provider, monkeypatch):
-    """openai-agents gives it a reasoning effort, for OpenAI's default model: no other is sent it."""
+    """openai-agents gives it a reasoning effort for OpenAI's default model. It is not sent."""
     model = main.ProviderModel("gemini/gemini-flash-latest", f"{provider.url}/gemini", "key")
     monkeypatch.setattr(main, "model", model)
     local = Local(main)

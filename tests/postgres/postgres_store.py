@@ -12,20 +12,20 @@ With four processes, which are called workers:
     PYTHONPATH=backend backend/.venv/bin/uvicorn --app-dir tests/postgres postgres_store:app \\
         --workers 4 --host 0.0.0.0 --port 8000
 
-In a file of your own, write `import postgres_store` below `import main`, and this folder into
-PYTHONPATH. Importing this file is enough: it gives the server a store on DATABASE_URL. For workers,
+In a file of your own, write `import postgres_store` below `import main`, and add this folder to
+PYTHONPATH (make run does it). Importing this file is enough: it gives the server a store on DATABASE_URL. For workers,
 your file needs `app = main.app`.
 
 What to change: the arguments of PostgresStore in the last lines, and PAGE_BYTES.
 
 Rights   The store creates its three tables when it starts. If its role may not, this prints their
-         SQL: PYTHONPATH=backend python tests/postgres/postgres_store.py --schema
+         SQL: PYTHONPATH=backend backend/.venv/bin/python tests/postgres/postgres_store.py --schema
          Run it as another role. Then grant SELECT, INSERT, UPDATE and DELETE on the tables.
 Workers  Any worker can continue any thread, so sticky sessions are not needed. If one is killed,
          the unfinished part of its replies is lost; uvicorn starts another one, and the threads go
          on. A retry stops the reply that it repeats if the same worker streams it; otherwise both
          replies are stored.
-Poolers  PgBouncer and others may stand between, in transaction mode, too. Each method sends one
+Poolers  PgBouncer and others may stand before the database, in transaction mode, too. Each method sends one
          statement, which is one transaction, and nothing is prepared or kept in the session.
 Outages  While the database cannot be used, requests get a 503, and replies end with an error, after
          `timeout` seconds at the latest. Both say UNAVAILABLE. The log has the cause, without the
@@ -36,7 +36,7 @@ Outages  While the database cannot be used, requests get a 503, and replies end 
          If DATABASE_URL is malformed, the start fails with one line, and uvicorn ends, too.
 Figures  Of `make bench-postgres` on two slow cores, which the database, the provider and the client
          shared, 2026-11-28. 25 streams at 50 deltas/s have a p95 delay under 100 ms, with one
-         worker and with two: plan one core for each 20 streams. A worker needs 305 MiB, their
+         worker and with two: plan one core for each 15 streams. A worker needs 305 MiB, their
          parent 40. It opens up to 10 connections (`max_size`); 4 served 200 chats in the tests.
          The first delta comes after 18 ms, 13 in memory. A page of 20 rows takes as long with
          100,000 rows as with 100. A message and its reply are 7 statements: load the thread twice,
@@ -134,7 +134,7 @@ BAD_URL = (
 )
 RIGHTS = (
     "The role needs SELECT, INSERT, UPDATE and DELETE on the three chatkit_ tables, and CREATE on "
-    "their schema unless the tables exist. `python postgres_store.py --schema` prints their SQL."
+    "their schema unless the tables exist. With --schema, postgres_store.py prints their SQL."
 )
 UNAVAILABLE = "The database is unavailable. Try again in a moment."
 
@@ -244,10 +244,7 @@ def shut_down(connection: AsyncConnection) -> None:
 
 
 def to_jsonb(text: str) -> str:
-    """Escape NUL, which jsonb cannot store, with U+FFFE, and U+FFFE with itself.
-
-    No text contains this code point.
-    """
+    """Write NUL, which jsonb cannot store, as U+FFFE 0, and U+FFFE as U+FFFE 1."""
     text = text.replace("\ufffe", "\ufffe1")
     return re.sub(
         r"\\u0000|\\.", lambda found: "\ufffe0" if found[0] == r"\u0000" else found[0], text
