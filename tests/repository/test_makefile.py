@@ -56,7 +56,7 @@ def test_make_finds_a_python(tmp_path, pythons, chosen):
 )
 def test_make_finds_no_python(tmp_path, pythons, arguments, says):
     (line,) = make_on(tmp_path, pythons, "venv", f"VENV={tmp_path}/venv", *arguments).splitlines()
-    for part in (says, f"supported are Python {PYTHONS}: make PYTHON=", "uv run"):
+    for part in (says, f"Python {PYTHONS} are supported: make PYTHON=", "uv run"):
         assert part in line
 
 
