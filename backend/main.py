@@ -595,8 +595,8 @@ def described(error: BaseException) -> str:
     Some providers repeat the key: asterisks take its place.
     """
     text = str(error)
-    secrets = [value for name, value in os.environ.items() if name.endswith(SECRET_NAMES)]
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+    values = [value for name, value in os.environ.items() if name.endswith(SECRET_NAMES)]
+    for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
         if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
             text = text.replace(secret, "***")
     status, code = getattr(error, "status_code", ""), getattr(error, "code", "")
@@ -704,7 +704,7 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
-    body = "the stream ended too early"
+    for_log = "the stream ended too early"
     reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
@@ -714,7 +714,7 @@ async def checked_chunks(
         if kind.startswith(("text/html", "application/json")):
             with anyio.fail_after(MODEL_TIMEOUT):
                 await response.aread()
-            body = response.text
+            for_log = response.text
         while True:
             # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
             # block all other chats.
@@ -734,7 +734,7 @@ async def checked_chunks(
         raise chat_error_for(error, model, answered) from error
     finally:
         await stream.aclose()
-    check_end(model, stream, answered, body)
+    check_end(model, stream, answered, for_log)
 
 
 def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
@@ -755,7 +755,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
         call.id = f"call_{reply_id}_{call.index}"
 
 
-def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
+def check_end(model: ProviderModel, stream: Any, answered: bool, for_log: str) -> None:
     """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
     LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
@@ -769,7 +769,7 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> N
     if reason == "length" and answered:
         raise ChatError(LONG_REPLY, model)
     if not model.canned_reply and reason in (None, FAILED_END):
-        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, ModelBehaviorError(body))
+        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, ModelBehaviorError(for_log))
 
 
 class ProviderModels(ModelProvider):
