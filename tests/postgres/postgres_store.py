@@ -13,8 +13,8 @@ With four processes, which are called workers:
         --workers 4 --host 0.0.0.0 --port 8000
 
 In a file of your own, write `import postgres_store` below `import main`, and add this folder to
-PYTHONPATH (make run does it). Importing this file is enough: it gives the server a store on DATABASE_URL. For workers,
-your file needs `app = main.app`.
+PYTHONPATH (make run does it). Importing this file is enough: it gives the server a store on
+DATABASE_URL. For workers, your file needs `app = main.app`.
 
 What to change: the arguments of PostgresStore in the last lines, and PAGE_BYTES.
 
@@ -25,8 +25,9 @@ Workers  Any worker can continue any thread, so sticky sessions are not needed. 
          the unfinished part of its replies is lost; uvicorn starts another one, and the threads go
          on. A retry stops the reply that it repeats if the same worker streams it; otherwise both
          replies are stored.
-Poolers  PgBouncer and others may stand before the database, in transaction mode, too. Each method sends one
-         statement, which is one transaction, and nothing is prepared or kept in the session.
+Poolers  PgBouncer and others may stand before the database, in transaction mode, too. Each method
+         sends one statement, which is one transaction, and nothing is prepared or kept in the
+         session.
 Outages  While the database cannot be used, requests get a 503, and replies end with an error, after
          `timeout` seconds at the latest. Both say UNAVAILABLE. The log has the cause, without the
          password. GET /health answers. The first request afterwards works, without a restart.
