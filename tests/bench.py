@@ -8,7 +8,6 @@ after ours, and the ratio of the two is shown. Of several runs the median counts
 
 import argparse
 import asyncio
-import json
 import os
 import resource
 import signal
@@ -30,8 +29,8 @@ import client
 from client import NO_TLS, POSTGRES, SUPPORT, Server, free_port, load_main, memory
 
 CORES = sorted(os.sched_getaffinity(0))
-# 20 replies at once; the CPU seconds per delta on the last line. `reply` yields whether a chunk is
-# a delta: of LiteLLM alone, or of openai-agents' own loop over main.py's model and agent.
+# 20 replies at once, and the CPU seconds per delta. `reply` yields whether a chunk is a delta: of
+# LiteLLM alone, or of openai-agents' own loop over main.py's model and agent.
 MEASURE = """
 import asyncio, os, sys, time
 from pathlib import Path
@@ -119,28 +118,9 @@ def cpu(pid: int) -> float:
 
 
 def chats(server: Server, streams: int, enough: int | None = None) -> list[list[tuple]]:
-    """Chats at once: for each delta the second in which it was sent and that in which it came.
-
-    With `enough`, each client leaves after so many of them.
-    """
-
-    async def chat(http: httpx.AsyncClient) -> list[tuple[float, float]]:
-        body = {"type": "threads.create", "params": {"input": client.message("hello")}}
-        seen = []
-        async with http.stream("POST", "/chatkit", json=body) as response:
-            async for line in response.aiter_lines():
-                if '"delta":"' in line:
-                    seen.append((float(json.loads(line[6:])["update"]["delta"]), time.time()))
-                    if len(seen) == enough:
-                        break
-        return seen
-
-    async def run() -> list[list[tuple[float, float]]]:
-        options = {"timeout": 120, "limits": httpx.Limits(max_connections=None), "verify": NO_TLS}
-        async with httpx.AsyncClient(base_url=server.url, **options) as http:
-            return await asyncio.gather(*(chat(http) for _ in range(streams)))
-
-    return asyncio.run(run())
+    """Chats at once: for each delta the second in which it was sent and that in which it came."""
+    found = asyncio.run(client.deltas(server.url, ["hello"] * streams, enough))
+    return [[(float(sent), came) for sent, came in deltas] for deltas in found]
 
 
 def percentile_95(values: list[float]) -> float:
@@ -162,8 +142,7 @@ def cpu_per_delta(main) -> list[float]:
         deltas = sum(map(len, chats(server, 20)))
         ours = (cpu(server.process.pid) - began) / deltas
         agents, litellm = (alone(reply, server.environment) for reply in (AGENTS, LITELLM))
-    times = ", ".join(f"{value * 1000:.3f} ms" for value in (ours, agents, litellm))
-    say(f"CPU per delta of the server, of openai-agents, of LiteLLM: {times}")
+    say(f"CPU seconds per delta: {ours:.6f}, openai-agents {agents:.6f}, LiteLLM {litellm:.6f}")
     return [ours / agents, ours / litellm]
 
 

@@ -2,7 +2,8 @@ import importlib
 import logging
 import os
 import resource
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import forked
@@ -23,6 +24,7 @@ from client import POSTGRES, SUPPORT, Chat, Server, load_main, recipe_path  # no
 from provider import Provider  # noqa: E402
 
 PROVIDERS = ["gemini", "openai", "anthropic"]
+COMPLAINTS = ("never retrieved", "was destroyed", "Unclosed", "never awaited", "Traceback", "ERROR")
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 CUSTOMISED, SERVED = {"PROGRAM": str(SUPPORT / "customised.py")}, str(SUPPORT / "served.py")
 # LiteLLM treats each family of models in its own way. The tests of what one demands name one of it.
@@ -30,10 +32,9 @@ MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "cla
 NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
 NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_BASE"], "")
 
-# The environments of the servers that tests share, each started when the first test asks for it.
-# PROGRAM runs in main.py's place, and ENV_FILE is what the .env file holds. `customised_` servers
-# have the tools of support/customised.py. Any name with a slash is a server with that provider and
-# that model: servers("groq/llama-3.3-70b").
+# The environments of the servers that tests share. PROGRAM runs in main.py's place, and ENV_FILE is
+# what the .env file holds. `customised_` servers have the tools of support/customised.py. A name
+# with a slash is a provider and its model: servers("groq/llama-3.3-70b").
 SERVERS = {
     **{name: {"PROVIDER": name} for name in PROVIDERS},
     "sqlite": {"PROVIDER": "openai", "PROGRAM": str(recipe_path("sqlite_store"))},
@@ -73,6 +74,7 @@ def main(tmp_path_factory):
     """main.py as a module, for what can be tested without a process."""
     agents.set_tracing_disabled(True)  # its environment variable is read at the first import only
     module = load_main(tmp_path_factory.mktemp("main"))
+    sys.modules["main"] = module  # not one that another test has loaded before
     module.repair_libraries()  # as the start of the server does
     return module
 
@@ -122,7 +124,7 @@ def postgres_store(main, database):
 @pytest.fixture(scope="session")
 def servers(request, provider, database, tmp_path_factory):
     """servers(name): the server of that name in SERVERS, started."""
-    running: dict[str, Future[Server]] = {}
+    running: dict[str, Server] = {}
 
     def settings_of(name: str) -> dict[str, str]:
         if name in SERVERS:
@@ -143,39 +145,28 @@ def servers(request, provider, database, tmp_path_factory):
         fork = name != "as_by_a_user"  # the others are forks of a process with all imports
         return Server(folder, environment, program and Path(program), fork)
 
-    with ThreadPoolExecutor(2) as pool:
+    def start(name: str) -> Server:
+        if name not in running:
+            running[name] = launched(name).started()
+        return running[name]
 
-        def start(name: str) -> Server:
-            if name not in running:
-                running[name] = pool.submit(lambda: launched(name).started())
-            return running[name].result()
-
-        # Workers take seconds to import LiteLLM: for the whole suite they start side by side.
-        if database and len(request.session.items) > 200:
-            for name in ON_POSTGRES:
-                running[name] = pool.submit(lambda name=name: launched(name).started())
-        yield start
-    started = {name: future.result() for name, future in running.items() if not future.exception()}
+    yield start
     with ThreadPoolExecutor() as pool:
-        codes = dict(zip(started, pool.map(Server.stop, started.values()), strict=True))
+        codes = dict(zip(running, pool.map(Server.stop, running.values()), strict=True))
     # uvicorn ends with the signal that it got; its workers' parent ends with 0.
     assert set(codes.values()) <= {0, -15}, codes
-    for name, server in started.items():
+    for name, server in running.items():
         check_log(name, server)
 
 
 def check_log(name: str, server: Server) -> None:
-    complaints = ("never retrieved", "was destroyed", "Unclosed")
-    for text in ("OUTSIDE", *complaints, "Give Feedback", "Provider List"):
+    for text in ("OUTSIDE", "Give Feedback", *COMPLAINTS[:3]):
         assert text not in "\n".join(server.log), f"{name}: {server.log}"
 
 
 @pytest.fixture
 def recipe(provider, tmp_path):
-    """recipe(name, provider, **environment): a recipe, started for one test.
-
-    With `code`: a file of one's own with this text.
-    """
+    """recipe(name, provider, **environment): a recipe, or a file with `code`, for one test."""
     started: dict[str, Server] = {}
 
     def start(name: str, provider_name: str, code: str = "", **environment: str) -> Server:

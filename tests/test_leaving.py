@@ -1,7 +1,4 @@
-"""Clients that leave, many clients at once, and servers that end while they answer.
-
-With --postgres the servers are two workers.
-"""
+"""Clients that leave, many at once, and servers that end. With --postgres: two workers."""
 
 import asyncio
 import gc
@@ -16,9 +13,8 @@ from agents import function_tool
 
 import client
 from client import Chat, Local, Reading, done, error_of, items_shown, many, outline, text_of, until
+from conftest import COMPLAINTS
 from provider import Pause, Silence, Text, Thought, ToolCall
-
-COMPLAINTS = ("never retrieved", "was destroyed", "Traceback", "Unclosed", "ERROR")
 
 # ---- Every event of a turn ----------------------------------------------------------------------
 
@@ -77,18 +73,13 @@ class PieceByPiece:
 
 
 def test_leaving_after_any_event(customised, provider):
-    """What was shown is stored, and nothing that the provider had not sent.
-
-    The provider's connection is closed within a second, the log has one line for the turn and no
-    complaint, and the thread goes on.
-    """
+    """What was shown is stored, and no more; the log has one line; the thread goes on."""
     url, start = customised.url, len(customised.log)
     whole = PieceByPiece(url, provider, "the whole turn", 1000)
     assert whole.sent == len(PIECES)
     places = range(1, len(whole.events))
     with ThreadPoolExecutor(8) as pool:
-        chats = list(pool.map(lambda n: PieceByPiece(url, provider, f"after {n}", n), places))
-    chats.append(whole)
+        chats = [whole, *pool.map(lambda n: PieceByPiece(url, provider, f"after {n}", n), places)]
     for left in chats:
         customised.wait_for(f"thread={left.chat.thread_id} ", seconds=10)
     whole.chat.http.get("/collect")
@@ -105,7 +96,7 @@ def test_leaving_after_any_event(customised, provider):
         (line,) = [line for line in log if f"thread={left.chat.thread_id} " in line]
         assert " end=stopped " in line
         kinds = [item["type"] for item in left.chat.debug()]
-        assert kinds.count("SDKHiddenContextItem") == 1 and kinds[-1] == "SDKHiddenContextItem"
+        assert kinds.index("SDKHiddenContextItem") == len(kinds) - 1
         assert [text_of(item) for item in done(left.chat.say("and on"))] == ["You said: and on"]
     usual = (" turn pid=", '"POST /chatkit ', '"GET /collect ')
     assert [line for line in log if not any(text in line for text in usual)] == []
@@ -160,11 +151,9 @@ async def test_a_turn_that_hangs_is_cancelled(main, monkeypatch):
     assert turn.task.cancelled() and not local.server.turns
     events = [event async for event in turn]
     assert events.count(main.SERVER_STOPPED) == 1 and events[-1] == main.SERVER_STOPPED
-    question, *replies = await local.items()
-    assert text_of(question) == "go"
     # chatkit keeps the unfinished message up to 1.5; newer releases keep a copy without its text.
-    texts = [text_of(item) for item in replies if item.type == "assistant_message"]
-    assert texts in ([main.MOCK_REPLY], [])
+    texts = [text_of(item) for item in await local.items() if item.type.endswith("message")]
+    assert texts in (["go", main.MOCK_REPLY], ["go"])
 
 
 async def test_a_stop_that_comes_before_the_run(main, provider):
@@ -185,8 +174,7 @@ async def test_a_stop_that_comes_before_the_run(main, provider):
     left.set()
     await asyncio.wait([turn.task])
     assert turn.outcome == "stopped" and provider.requests == []
-    kinds = [item.type for item in await local.items()]
-    assert kinds == ["user_message", "sdk_hidden_context"]
+    assert [item.type for item in await local.items()] == ["user_message", "sdk_hidden_context"]
     kept = weakref.ref(turn)
     del turn
     await asyncio.sleep(0)  # until the event loop has let go of it, too
@@ -233,7 +221,6 @@ CUSTOMISED, SERVED = client.SUPPORT / "customised.py", client.SUPPORT / "served.
 WAYS = {
     "python main.py": (CUSTOMISED, {}, 1, signal.SIGTERM, -15),
     "python main.py and Ctrl-C": (CUSTOMISED, {}, 1, signal.SIGINT, 0),
-    # uvicorn's own program ends with the signal.
     "uvicorn main:app": (SERVED, {"APP": "customised:app"}, 1, signal.SIGTERM, -15),
     "uvicorn main:app --workers 2": (CUSTOMISED, {}, 2, signal.SIGTERM, 0),
 }

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from client import Chat, Server, done, error_of, load_main, text_of
+from client import Chat, done, error_of, load_main, text_of
 
 UNUSABLE = [
     ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
     ("PROVIDER", "groq", "or, with MODEL, a provider"),
-    ("PORT", "http", "PORT='http': Input should be a valid integer"),
     ("PORT", "0", "PORT='0': Input should be greater than 0."),
+    ("PORT", "65536", "PORT='65536': Input should be less than 65536."),
     ("MODEL_TIMEOUT", "nan", "MODEL_TIMEOUT='nan': Input should be greater than 0."),
 ]
 
@@ -22,13 +22,6 @@ def test_an_unusable_setting_stops_the_start_with_one_line(tmp_path, name, value
         load_main(tmp_path, {name: value})
     line = stop.value.code  # a text: Python prints it and exits with 1
     assert name in line and says in line and "\n" not in line
-
-
-def test_an_unusable_setting_as_an_operator_sees_it(tmp_path):
-    server = Server(tmp_path, {"PROVIDER": "mock", "PORT": "99999"}, fork=True)
-    assert server.process.wait(60) == 1
-    server.reader.join(10)
-    assert server.log == ["PORT='99999': Input should be less than 65536.", "(end of log)"]
 
 
 def test_what_is_read_as_it_is_meant(tmp_path):
@@ -59,7 +52,7 @@ def test_without_a_key_the_provider_is_never_called(servers, provider, main):
     ):
         assert log.count(once) == 1, log
     log = "\n".join(server.log)
-    assert not [noise for noise in ("Traceback", "OUTSIDE", "tracing") if noise in log]
+    assert "Traceback" not in log and "tracing" not in log
 
 
 def test_mock_needs_neither_key_nor_network(servers, provider, main):
@@ -102,24 +95,14 @@ def test_a_blank_variable_is_unset(tmp_path, main, value, read):
 
 # ---- Models ---------------------------------------------------------------------
 
-NAMES = {  # of a provider and its model
-    ("openai", "model-x"): "openai/model-x",
-    ("openai", "openai/model-x"): "openai/model-x",
-    ("openrouter", "anthropic/model-x"): "openrouter/anthropic/model-x",
-}
-OF_AN_AGENT = {  # of a server with PROVIDER=openai
-    "model-x": "openai/model-x",
-    "anthropic/model-x": "anthropic/model-x",
-}
-
 
 def test_the_names_of_models(main, monkeypatch):
     """With or without the provider. An agent without a model has the default."""
-    for (provider, model), name in NAMES.items():
-        assert main.litellm_name(provider, model) == name
+    assert main.litellm_name("openai", "openai/model-x") == "openai/model-x"
+    assert main.litellm_name("openrouter", "openai/model-x") == "openrouter/openai/model-x"
     monkeypatch.setattr(main, "PROVIDER", "openai")
-    for model, name in OF_AN_AGENT.items():
-        assert main.ProviderModels().get_model(model).model == name
+    assert main.ProviderModels().get_model("model-x").model == "openai/model-x"
+    assert main.ProviderModels().get_model("anthropic/model-x").model == "anthropic/model-x"
     assert main.ProviderModels().get_model(None) is main.model
 
 

@@ -50,18 +50,6 @@ class ChatKitServerImpl(""",
             model_settings=ModelSettings(temperature=0.5),
             tools=[boats],
         )""",
-        "server = ChatKitServerImpl(store)": """
-server = ChatKitServerImpl(store)
-
-
-@function_tool
-def harbours() -> str:
-    \"""List the harbours.\"""
-    return "Rotterdam"
-
-
-server.agent.tools.append(harbours)
-""",
         "store = MemoryStore()": """
 class BoatStore(MemoryStore):
     pass
@@ -70,7 +58,7 @@ class BoatStore(MemoryStore):
 store = BoatStore()
 """,
         # The login: by a cookie, and without CHATKIT_TOKENS.
-        "def parse_tokens( ... \n\n\nPROVIDER:": "PROVIDER:",
+        "def parse_tokens( ... \n\n\nPROVIDER =": "PROVIDER =",
         'TOKENS = parse_tokens(setting("CHATKIT_TOKENS", ""))\n': "",
         "    if not TOKENS and request_context ... \n        )\n": "",
         '    openapi_url=None if TOKENS else "/openapi.json", ... \n': "    openapi_url=None,\n",

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,50 +13,43 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYTHONS = re.search(r"^PYTHONS := (.+)$", MAKEFILE, re.M)[1]
 
 
-def make_on(folder: Path, pythons: dict[str, str], *arguments: str) -> str:
-    """What `make` prints where PATH has these Pythons alone, which say that they are this old."""
+# The Pythons on PATH with their versions, what is given to make, and a part of what it prints.
+FOUND = {
+    "python3": ({"python3": "3.11.7", "python3.13": "3.13.0"}, []),
+    "python3.12": ({"python3": "3.9.18", "python3.10": "3.10.13", "python3.12": "3.12.1"}, []),
+    "python3.14": ({"python3": "3.15.0", "python3.9": "3.9.18", "python3.14": "3.14.0"}, []),
+    "python3.10": ({"python3.10": "3.10.13"}, []),
+    "python3.11": ({"python3": "3.13.0", "python3.11": "3.11.7"}, ["PYTHON=python3.11"]),
+}
+MISSING = {
+    "python3 is Python 3.9.18,": ({"python3": "3.9.18"}, []),
+    "python3.9 is Python": ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"]),
+    "python3 is missing,": ({}, []),
+}
+
+
+@pytest.mark.parametrize("says", [*FOUND, *MISSING])
+def test_make_chooses_a_python(tmp_path, says):
+    """Each Python is this one, which says that it is another version."""
+    pythons, arguments = (FOUND | MISSING)[says]
     for name, version in pythons.items():
         numbers = tuple(map(int, version.split(".")))
         lie = f"import sys; sys.version_info = {numbers}; exec(sys.argv[1])"
         answer = f'[ "$1" = --version ] && echo Python {version}'
-        (folder / name).write_text(
+        (tmp_path / name).write_text(
             f"#!/bin/sh\n{answer} || exec {sys.executable} -c '{lie}' \"$2\"\n"
         )
-        (folder / name).chmod(0o755)
+        (tmp_path / name).chmod(0o755)
     command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory"]
-    environment = {"PATH": str(folder)}
-    run = subprocess.run([*command, *arguments], env=environment, stdout=-1, stderr=-2, text=True)
-    return run.stdout
-
-
-@pytest.mark.parametrize(
-    ("pythons", "chosen"),
-    [
-        ({"python3": "3.11.7", "python3.13": "3.13.0"}, "python3"),
-        ({"python3": "3.9.18", "python3.10": "3.10.13", "python3.12": "3.12.1"}, "python3.12"),
-        ({"python3": "3.15.0", "python3.9": "3.9.18", "python3.14": "3.14.0"}, "python3.14"),
-        ({"python3.10": "3.10.13"}, "python3.10"),
-    ],
-)
-def test_make_finds_a_python(tmp_path, pythons, chosen):
-    assert f"\n{chosen} -m venv backend/.venv\n" in make_on(tmp_path, pythons, "--dry-run", "venv")
-    pythons = {**pythons, "python3.11": "3.11.7"}
-    named = make_on(tmp_path, pythons, "--dry-run", "venv", "PYTHON=python3.11")
-    assert "\npython3.11 -m venv" in named
-
-
-@pytest.mark.parametrize(
-    ("pythons", "arguments", "says"),
-    [
-        ({"python3": "3.9.18"}, [], "python3 is Python 3.9.18"),
-        ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"], "python3.9 is Python"),
-        ({}, [], "python3 is missing"),
-    ],
-)
-def test_make_finds_no_python(tmp_path, pythons, arguments, says):
-    (line,) = make_on(tmp_path, pythons, "venv", f"VENV={tmp_path}/venv", *arguments).splitlines()
-    for part in (says, f"Python {PYTHONS} are supported: make PYTHON=", "uv run"):
-        assert part in line
+    command += ["--dry-run", "venv", *arguments]
+    environment = {"PATH": str(tmp_path)}
+    run = subprocess.run(command, env=environment, stdout=-1, stderr=-2, text=True)
+    if says in FOUND:
+        assert f"\n{says} -m venv backend/.venv\n" in run.stdout
+    else:
+        (line,) = run.stdout.splitlines()
+        for part in (says, f"Python {PYTHONS} are supported: make PYTHON=", "uv run"):
+            assert part in line
 
 
 def test_make_help_lists_the_targets():

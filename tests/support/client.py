@@ -11,8 +11,11 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 from chatkit.types import ThreadStreamEvent
@@ -39,47 +42,39 @@ def recipe_path(name: str) -> Path:
     return mine if mine.exists() else EXAMPLES / f"{name}.py"
 
 
-def main_code(store: str = "store = MemoryStore()") -> str:
-    """main.py with this store, whichever it has: you may have followed the README."""
-    code = MAIN.read_text()
-    code, count = re.subn(r"^store = .*$", lambda _: store, code, flags=re.M)
-    assert count == 1
-    return code
-
-
-def changed(code: str, changes: dict[str, str] | None) -> str:
-    for old, new in (changes or {}).items():
+def changed(code: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
         assert code.count(old) == 1, old
         code = code.replace(old, new)
     return code
 
 
+def write_main(folder: Path, changes: dict[str, str] | None) -> Path:
+    """A copy of main.py in this folder. `changes` are parts of it and what replaces them."""
+    # Whichever store it has: you may have followed the README.
+    code, count = re.subn("^store = .*$", "store = MemoryStore()", MAIN.read_text(), flags=re.M)
+    assert count == 1
+    path = folder / "backend" / "main.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(changed(code, changes or {}))
+    return path
+
+
 def load_main(
     folder: Path, settings: dict[str, str] | None = None, changes: dict[str, str] | None = None
 ):
-    """main.py as a module of this process: a copy, with no .env beside it.
-
-    PROVIDER is mock unless `settings` say otherwise. `changes` are parts of main.py and what
-    replaces them.
-    """
-    (folder / "backend").mkdir(parents=True, exist_ok=True)
-    path = folder / "backend" / "main.py"
-    path.write_text(changed(main_code(), changes))
+    """main.py as a module of this process. PROVIDER is mock unless `settings` say otherwise."""
+    path = write_main(folder, changes)
     spec = importlib.util.spec_from_file_location("main", path)
     module = importlib.util.module_from_spec(spec)
-    environment, imported = dict(os.environ), sys.modules.get("main")
+    environment = {"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **(settings or {})}
+    imported = sys.modules.get("main", module)
+    sys.modules["main"] = module  # pydantic looks for the names of annotations there
     try:
-        os.environ.clear()
-        os.environ.update(
-            {"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **(settings or {})}
-        )
-        sys.modules["main"] = module  # pydantic looks for the names of annotations there
-        spec.loader.exec_module(module)
+        with patch.dict(os.environ, environment, clear=True):
+            spec.loader.exec_module(module)
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        if imported:
-            sys.modules["main"] = imported
+        sys.modules["main"] = imported
     return module
 
 
@@ -89,12 +84,10 @@ def free_port() -> int:
 
 
 class Server:
-    """`python backend/main.py` in a folder of its own, so that no .env of the developer's is
-    read, and with an environment made from scratch. `program` is run in main.py's place.
+    """`python backend/main.py`, or a `program`, in a folder and an environment of its own.
 
     With `fork`: a fork of a process that has done the imports (forked.py).
     With `workers`: new processes, which uvicorn starts from the program's `app`.
-    With `changes`: parts of main.py and what replaces them.
     Without `login`, main.py keeps its own instead of that of the tests (users.py)."""
 
     def __init__(
@@ -107,10 +100,7 @@ class Server:
         workers: int = 1,
         login: bool = True,
     ):
-        (folder / "backend").mkdir(parents=True, exist_ok=True)
-        main = folder / "backend" / "main.py"
-        code = changed(main_code(), changes)
-        main.write_text(changed(code, {START: LOGIN + START} if login else {}))
+        main = write_main(folder, (changes or {}) | ({START: LOGIN + START} if login else {}))
         self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -121,13 +111,12 @@ class Server:
             served = program or main
             command[1:] = ["-m", "uvicorn", f"{served.stem}:app", "--workers", str(workers)]
             command += ["--app-dir", str(served.parent), "--port", str(self.port)]
-        environment = {
+        # This copy of main.py, and not yours with its .env.
+        folders = (SUPPORT / "only_loopback", main.parent, EXAMPLES, POSTGRES, SUPPORT)
+        self.environment = {
             "PATH": PATH,
             "HOME": str(folder),
-            # This copy of main.py, and not yours with its .env.
-            "PYTHONPATH": os.pathsep.join(
-                map(str, (SUPPORT / "only_loopback", main.parent, EXAMPLES, POSTGRES, SUPPORT))
-            ),
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "PYTHONUNBUFFERED": "1",
             # What Python will drop is an error in main.py.
             "PYTHONWARNINGS": f"error::DeprecationWarning:{'main' if program else '__main__'}",
@@ -135,40 +124,31 @@ class Server:
             "PORT": str(self.port),
             **environment,
         }
-        self.environment = environment
         if fork:
-            self.process = Forked(command[1], environment, folder)
+            self.process = Forked(command[1], self.environment, folder)
         else:
             self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                command, cwd=folder, env=self.environment, stdout=-1, stderr=-2, text=True
             )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self) -> None:
-        for line in self.process.stdout:
+        for line in chain(self.process.stdout, ["(end of log)"]):
             with self.news:
                 self.log.append(line.rstrip("\n"))
                 self.news.notify_all()
-        with self.news:
-            self.log.append("(end of log)")
-            self.news.notify_all()
 
     def wait_for(self, text: str, times: int = 1, seconds: float = 60) -> str:
         """The log once it holds `text`, so many times."""
+
+        def found() -> int:
+            return "\n".join(self.log).count(text)
+
         with self.news:
-            self.news.wait_for(
-                lambda: "\n".join(self.log).count(text) >= times or "(end of log)" in self.log,
-                seconds,
-            )
-            log = "\n".join(self.log)
-        assert log.count(text) >= times, log
-        return log
+            self.news.wait_for(lambda: found() >= times or "(end of log)" in self.log, seconds)
+        assert found() >= times, self.log
+        return "\n".join(self.log)
 
     def started(self) -> "Server":
         self.wait_for("Uvicorn running on")
@@ -180,12 +160,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
+            return self.process.wait(seconds)
+        finally:
             self.process.kill()
-            raise
-        self.reader.join(5)
-        return code
+            self.reader.join(5)
 
     @contextmanager
     def no_new(self, *texts: str):
@@ -297,13 +275,6 @@ def text_of(item) -> str:
     return "".join(part["text"] for part in content)
 
 
-def deltas(events: list, item_id: str) -> str:
-    """An assistant message's text as its deltas rebuild it."""
-    updated = [event for event in events if event.type == "thread.item.updated"]
-    updates = [event.update for event in updated if event.item_id == item_id]
-    return "".join(update.delta for update in updates if update.type.endswith("text_delta"))
-
-
 def items_shown(events: list) -> list[dict]:
     """The items that a client shows after these events, in the shape of items.list."""
     items: dict[str, dict] = {}
@@ -357,7 +328,7 @@ async def until(true, seconds: float = 5) -> None:
 
 
 class Reading:
-    """A stream that is read by a thread of its own; its events, as they come."""
+    """A stream that is read by a thread of its own."""
 
     def __init__(self, stream):
         self.events: list = []
@@ -375,7 +346,7 @@ class Reading:
 
 
 def leave(stream, text: str) -> list:
-    """Read a stream until an event holds the text, and leave; the events."""
+    """Read a stream until an event holds the text, and leave. Return the events."""
     events = []
     for event in stream:
         events.append(event)
@@ -390,28 +361,37 @@ def again(chat: Chat) -> Chat:
     return Chat(str(chat.http.base_url), thread_id=chat.thread_id)
 
 
-async def many(url: str, texts: list[str]) -> list[str]:
-    """Chats at once; the text that each was sent."""
+async def deltas(url: str, texts: list[str], enough: int | None = None) -> list[list[tuple]]:
+    """Chats at once: the deltas of each, with the times at which they came.
 
-    async def one(http: httpx.AsyncClient, text: str) -> str:
+    With `enough`, each client leaves after so many of them.
+    """
+
+    async def one(http: httpx.AsyncClient, text: str) -> list[tuple[str, float]]:
         body = {"type": "threads.create", "params": {"input": message(text)}}
-        found = ""
+        found = []
         async with http.stream("POST", "/chatkit", json=body) as response:
             async for line in response.aiter_lines():
                 if '"delta":"' in line:
-                    found += line.split('"delta":"')[1].split('"')[0]
+                    found.append((line.split('"delta":"')[1].split('"')[0], time.time()))
+                    if len(found) == enough:
+                        break
         return found
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, verify=NO_TLS) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, verify=NO_TLS) as http:
         return await asyncio.gather(*(one(http, text) for text in texts))
+
+
+async def many(url: str, texts: list[str]) -> list[str]:
+    """Chats at once: the text that each was sent."""
+    return ["".join(delta for delta, _ in found) for found in await deltas(url, texts)]
 
 
 class Local:
     """main.py's server in this process, with one thread: for what HTTP does not show.
 
-    `model` is LiteLLM's name of a model that the provider plays; without a provider the reply is
-    canned.
+    `model` is LiteLLM's name. Without a provider the reply is canned.
     """
 
     def __init__(self, main, provider=None, store=None, model: str = "", **agent):

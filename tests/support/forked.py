@@ -1,8 +1,4 @@
-"""Server processes forked from one that has done the imports already.
-
-They take seconds in each new process. A forked server still runs its program from the first line,
-as `__main__`, with an environment made from scratch.
-"""
+"""Server processes forked from one that has done the imports, which take seconds."""
 
 import importlib
 import multiprocessing
@@ -14,6 +10,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 SUPPORT = Path(__file__).resolve().parent
 IMPORTED = (  # by main.py, and by the libraries with their first request
@@ -38,20 +35,15 @@ context.set_forkserver_preload(["forked"])
 
 def warm_up() -> None:
     """Start the process, which does its imports, below, while this one goes on."""
-    environment = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(
-        {
-            "PATH": environment["PATH"],
-            "PYTHONPATH": str(SUPPORT),
-            "IMPORT_ALL": "yes",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-            "OPENAI_AGENTS_DISABLE_TRACING": "true",
-        }
-    )
-    multiprocessing.forkserver.ensure_running()
-    os.environ.clear()
-    os.environ.update(environment)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(SUPPORT),
+        "IMPORT_ALL": "yes",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "OPENAI_AGENTS_DISABLE_TRACING": "true",
+    }
+    with patch.dict(os.environ, environment, clear=True):
+        multiprocessing.forkserver.ensure_running()
 
 
 if os.environ.pop("IMPORT_ALL", ""):
@@ -76,9 +68,8 @@ def run(program: str, environment: dict[str, str], folder: str, output) -> None:
     os.chdir(folder)
     sys.argv = [program]
     sys.path[:0] = [str(Path(program).parent), *environment["PYTHONPATH"].split(os.pathsep)]
-    warnings.filterwarnings(
-        "error", category=DeprecationWarning, module=environment["PYTHONWARNINGS"].split(":")[-1]
-    )
+    module = environment["PYTHONWARNINGS"].rpartition(":")[2]
+    warnings.filterwarnings("error", category=DeprecationWarning, module=module)
     runpy.run_path(program, run_name="__main__")
 
 

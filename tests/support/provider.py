@@ -10,8 +10,8 @@ The first list answers the first request that carries this message, the second t
 tool's output); the last one stays. Steps in a list of their own are sent in one piece. A message
 without a script is answered with `echo(message)`. Every request is kept in `provider.requests`.
 
-It refuses what the real providers refuse, in their words: `check` of each format, and RULES of
-single servers, each of which has a path of its own. `provider.refused` tells what it was.
+It refuses what the real providers refuse: `check` of each format, and RULES of single servers,
+each of which has a path of its own. `provider.refused` tells what it was.
 
 Run as a program (`python tests/support/provider.py PORT DELTAS PER_SECOND`) it answers every
 request with DELTAS deltas, PER_SECOND of them each second (0: as fast as it can).
@@ -54,8 +54,7 @@ class ToolCall:
 
 @dataclass
 class Finish:
-    """Why the reply ends: "stop" (as a script without a Finish does), "length", "filter" (blocked
-    while answering), or "prompt" (the prompt was blocked)."""
+    """Why the reply ends: "stop" (the default), "length", "filter", or "prompt" (was blocked)."""
 
     reason: str = "stop"
 
@@ -129,6 +128,10 @@ def is_blank(content: str | list | None) -> bool:
     return not parts or any(not part["text"].strip() for part in parts if "text" in part)
 
 
+def new_id() -> str:
+    return f"call_{time.time_ns()}"
+
+
 def as_tool(part: dict) -> tuple[str, str]:
     return "tool", json.dumps(part, sort_keys=True)
 
@@ -136,9 +139,8 @@ def as_tool(part: dict) -> tuple[str, str]:
 class Format:
     """What a provider reads and writes, for one request.
 
-    A subclass has `errors`, `check` (what is wrong with a request, or ""), `fault` (an error),
-    `step` (the bytes of a step), `complete` (a reply that does not stream), `messages` ((role,
-    text) of each part; a tool call, its output and an image count as "tool") and `instructions`.
+    `check` is what is wrong with a request, or "", and `fault` the answer to it. `messages` are
+    (role, text) of each part; a tool call, its output and an image count as "tool".
     """
 
     type = "text/event-stream"
@@ -164,14 +166,15 @@ class Gemini(Format):
         forbidden 403 PERMISSION_DENIED Your API key does not have permission.
         model     404 NOT_FOUND models/nope is not found for API version v1beta.
         rate      429 RESOURCE_EXHAUSTED You exceeded your current quota.
-        long      400 INVALID_ARGUMENT The input token count (1200000) exceeds the maximum number\
- of tokens allowed (1048576).
+        long      400 INVALID_ARGUMENT The input exceeds the maximum number of tokens allowed.
         policy    400 INVALID_ARGUMENT The request was rejected: content_policy_violation
         server    503 UNAVAILABLE The model is overloaded. Please try again later.
         image     400 INVALID_ARGUMENT Unable to process input image. Please retry.
+        day       429 RESOURCE_EXHAUSTED Quota exceeded: GenerateRequestsPerDay, limit: 0
+        minute    429 RESOURCE_EXHAUSTED Quota exceeded: GenerateRequestsPerMinute, limit: 15
     """)
     usage: ClassVar = {"promptTokenCount": 7, "candidatesTokenCount": 3, "totalTokenCount": 10}
-    about: ClassVar = {"usageMetadata": usage, "modelVersion": "gemini", "responseId": "resp-1"}
+    about: ClassVar = {"usageMetadata": usage, "modelVersion": "gemini"}
 
     def fault(self, message: str, code: str = "INVALID_ARGUMENT", status: int = 400) -> dict:
         return {"error": {"code": status, "message": message, "status": code}}
@@ -191,13 +194,9 @@ class Gemini(Format):
             if outputs and not before:
                 return "A function response turn comes immediately after a function call turn."
             if outputs != before:
-                return (
-                    "Please ensure that the number of function response parts is equal to the"
-                    " number of function call parts of the function call turn."
-                )
+                return "The number of function response parts must be equal to that of the calls."
             if not parts or any(part.get("text") == "" for part in parts):
-                place = f"GenerateContentRequest.contents[{number}].parts[0].data"
-                return f"* {place}: required oneof field 'data' must be initialized"
+                return f"contents[{number}]: required oneof field 'data' must be initialized"
             if content["role"] == "user" and any("text" in part for part in parts):
                 unsigned = False
             unsigned = unsigned or bool(calls and "thoughtSignature" not in calls[0])
@@ -213,9 +212,6 @@ class Gemini(Format):
         candidate = {"content": {"parts": parts or [], "role": "model"}, "index": 0, **candidate}
         return sse({"candidates": [candidate], **self.about})
 
-    def complete(self, text: str) -> dict:
-        return json.loads(self.chunk([{"text": text}], finishReason="STOP").removeprefix(b"data: "))
-
     def step(self, step) -> bytes:
         match step:
             case Text(text):
@@ -228,8 +224,7 @@ class Gemini(Format):
             case Stream():
                 return sse(self.error(step))
             case Finish("prompt"):
-                feedback = {"blockReason": "SAFETY", "safetyRatings": []}
-                return sse({"promptFeedback": feedback, **self.about})
+                return sse({"promptFeedback": {"blockReason": "SAFETY"}, **self.about})
             case Finish("filter"):
                 return sse({"candidates": [{"finishReason": "SAFETY", "index": 0}], **self.about})
             case Finish(reason):
@@ -255,34 +250,31 @@ class OpenAI(Format):
 
     errors = table("""
         key       401 invalid_api_key Incorrect API key provided: sk-secret.
-        forbidden 403 unsupported_country_region_territory Country, region, or territory not\
- supported
+        forbidden 403 unsupported_country_region_territory Country or region not supported
         project   403 model_not_found Project `proj_1` does not have access to model `gpt-4o`
         model     404 model_not_found The model `nope` does not exist or you have no access to it.
         rate      429 rate_limit_exceeded Rate limit reached for gpt-4o.
-        tpm       429 rate_limit_exceeded Request too large for gpt-4o in organization org-1 on\
- tokens per min (TPM): Limit 30000, Requested 40000.
-        tpm-groq  413 rate_limit_exceeded Request too large for model `llama-3.3-70b-versatile` on\
- tokens per minute (TPM): Limit 12000, Requested 40000, please reduce your message size.
+        tpm       429 rate_limit_exceeded Request too large for gpt-4o on tokens per min (TPM).
+        tpm-groq  413 rate_limit_exceeded Request too large for model `llama-3.3-70b-versatile`.
         quota     429 insufficient_quota You exceeded your current quota.
         long      400 context_length_exceeded This model's maximum context length is 128000 tokens.
         policy    400 content_policy_violation Your request was rejected by our safety system.
-        flagged   400 invalid_prompt Invalid prompt: your prompt was flagged as potentially\
- violating our usage policy. Please try again with a different prompt:
-        azure     400 content_filter The response was filtered due to the prompt triggering Azure\
- OpenAI's content management policy. Please modify your prompt and retry.
+        flagged   400 invalid_prompt Invalid prompt: it was flagged as violating our usage policy.
+        azure     400 content_filter The prompt triggered Azure OpenAI's content management policy.
         tool      400 tool_use_failed Failed to call a function. See 'failed_generation'.
         image     400 invalid_image_format You uploaded an unsupported image.
         server    503 - The server is overloaded or not ready yet.
+        no-tools  404 - No endpoints found that support tool use.
+        data-policy 404 - No endpoints found matching your data policy
+        deployment 404 DeploymentNotFound The API deployment for this resource does not exist.
+        access    403 AccessDenied Access denied due to Virtual Network rules.
     """)
     about: ClassVar = {"id": "chatcmpl-1", "created": 1, "model": "gpt-4o-2024-11-20"}
     usage: ClassVar = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     thought = "reasoning_content"  # where a delta has it
 
     def fault(self, message: str, code: str | None = None, status: int = 400) -> dict:
-        types = {"rate_limit_exceeded": "tokens", "insufficient_quota": "insufficient_quota"}
-        type = types.get(code, "invalid_request_error")
-        return {"error": {"message": message, "type": type, "param": None, "code": code}}
+        return {"error": {"message": message, "type": "error", "param": None, "code": code}}
 
     @staticmethod
     def check(body: dict) -> str:
@@ -298,25 +290,21 @@ class OpenAI(Format):
                 return f"These tool_call_ids did not have response messages: {waiting}"
             waiting = {call["id"] for call in message.get("tool_calls") or ()}
             if is_blank(message.get("content")) and not waiting:
-                place = f"messages[{number}].content"
-                return f"Invalid '{place}': expected a text, but got an empty string."
+                return f"messages[{number}]: expected a text, but got an empty string."
         return ""
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return sse({**self.about, "object": "chat.completion.chunk", "choices": [choice]})
 
     def begin(self) -> bytes:
-        return self.chunk({"role": "assistant", "content": "", "refusal": None})
+        return self.chunk({"role": "assistant", "content": ""})
 
     def complete(self, text: str) -> dict:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
         kind = "chat.completion"
         return {**self.about, "object": kind, "choices": [choice], "usage": self.usage}
-
-    def new_id(self, step: ToolCall) -> str:
-        return step.id or f"call_{time.time_ns()}"
 
     def step(self, step) -> bytes:
         match step:
@@ -325,8 +313,8 @@ class OpenAI(Format):
             case Thought(text):
                 return self.chunk({self.thought: text})
             case ToolCall(name, arguments):
-                call = {"id": self.new_id(step), "type": "function"}
-                call |= {"index": self.calls, "function": {"name": name, "arguments": ""}}
+                call = {"id": step.id or new_id(), "type": "function", "index": self.calls}
+                call["function"] = {"name": name, "arguments": ""}
                 text = json.dumps(arguments)
                 halves = [text[: len(text) // 2], text[len(text) // 2 :]]
                 rest = [{"index": self.calls, "function": {"arguments": half}} for half in halves]
@@ -338,8 +326,7 @@ class OpenAI(Format):
                 names = {"stop": "tool_calls" if self.calls else "stop", "length": "length"}
                 sent = self.chunk({}, names.get(reason, "content_filter"))
                 if self.with_usage:
-                    last = {"object": "chat.completion.chunk", "choices": [], "usage": self.usage}
-                    sent += sse({**self.about, **last})
+                    sent += sse({**self.about, "choices": [], "usage": self.usage})
                 return sent + b"data: [DONE]\n\n"
 
     @staticmethod
@@ -359,9 +346,7 @@ class OpenAI(Format):
 
     @staticmethod
     def instructions(body: dict) -> str:
-        return "".join(
-            message["content"] for message in body["messages"] if message["role"] == "system"
-        )
+        return "".join(m["content"] for m in body["messages"] if m["role"] == "system")
 
 
 class Anthropic(Format):
@@ -387,8 +372,7 @@ class Anthropic(Format):
         self.index = -1
 
     def fault(self, message: str, code: str = "invalid_request_error", status: int = 400) -> dict:
-        error = {"type": code, "message": message}
-        return {"type": "error", "error": error, "request_id": "req_1"}
+        return {"type": "error", "error": {"type": code, "message": message}}
 
     @staticmethod
     def check(body: dict) -> str:
@@ -440,11 +424,6 @@ class Anthropic(Format):
         started = sse({"type": "message_start", "message": message}, "message_start")
         return started + sse({"type": "ping"}, "ping")
 
-    def complete(self, text: str) -> dict:
-        usage = {"input_tokens": 7, "output_tokens": 3}
-        content = [{"type": "text", "text": text}]
-        return {**self.about, "content": content, "stop_reason": "end_turn", "usage": usage}
-
     def delta(self, type: str, **delta: str) -> bytes:
         data = {"index": self.index, "delta": {"type": type, **delta}}
         return sse({"type": "content_block_delta", **data}, "content_block_delta")
@@ -475,8 +454,7 @@ class Anthropic(Format):
                 return opened + self.delta("thinking_delta", thinking=text)
             case ToolCall(name, arguments):
                 self.calls += 1
-                id = step.id or f"toolu_{time.time_ns()}"
-                opened = self.open("tool_use", id=id, name=name, input={})
+                opened = self.open("tool_use", id=step.id or new_id(), name=name, input={})
                 return opened + self.delta("input_json_delta", partial_json=json.dumps(arguments))
             case Stream():
                 return sse(self.error(step), "error")
@@ -506,12 +484,14 @@ def sign(thinking: str) -> str:
     return f"signature{zlib.crc32(thinking.encode())}"
 
 
-class Ollama(OpenAI):
+class Ollama(Format):
     """https://docs.ollama.com/api/chat: POST api/chat, one JSON object a line"""
 
     type = "application/x-ndjson"
+    errors = OpenAI.errors
+    messages = staticmethod(OpenAI.messages)
 
-    def fault(self, message: str, code: str | None = None, status: int = 400) -> dict:
+    def fault(self, message: str, *_) -> dict:
         return {"error": message}
 
     @staticmethod
@@ -525,9 +505,6 @@ class Ollama(OpenAI):
         line = {"model": "llama3.2", "message": message, "done": False, **more}
         return json.dumps(line).encode() + b"\n"
 
-    def begin(self) -> bytes:
-        return b""
-
     def step(self, step) -> bytes:
         match step:
             case Text(text):
@@ -537,30 +514,17 @@ class Ollama(OpenAI):
             case ToolCall(name, arguments):
                 function = {"index": self.calls, "name": name, "arguments": arguments}
                 self.calls += 1
-                return self.line({"tool_calls": [{"id": self.new_id(step), "function": function}]})
+                call = {"id": step.id or new_id(), "function": function}
+                return self.line({"tool_calls": [call]})
             case Finish(reason):
                 usage = {"prompt_eval_count": 7, "eval_count": 3}
                 return self.line({}, done=True, done_reason=reason, **usage)
 
 
-class Responses(OpenAI):
+class Responses(Format):
     """https://platform.openai.com/docs/api-reference/responses-streaming: POST responses"""
 
-    @staticmethod
-    def check(body: dict) -> str:
-        items = body["input"] if isinstance(body["input"], list) else []
-        calls, outputs = (
-            {item["call_id"] for item in items if item.get("type") == kind}
-            for kind in ("function_call", "function_call_output")
-        )
-        if calls - outputs:
-            return f"No tool output found for function call {calls - outputs}."
-        if outputs - calls:
-            return f"No tool call found for function call output {outputs - calls}."
-        return ""
-
-    def begin(self) -> bytes:
-        return b""
+    check = staticmethod(lambda body: "")
 
     def step(self, step) -> bytes:
         match step:
@@ -568,18 +532,14 @@ class Responses(OpenAI):
                 place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
                 data = {"type": "response.output_text.delta", "delta": text, **place}
             case Finish():
-                response = {"id": "resp_1", "object": "response", "created_at": 1, "output": []}
-                response |= {"model": "gpt-5-codex", "status": "completed", "tools": []}
-                response |= {"tool_choice": "auto", "parallel_tool_calls": True}
+                response = {"id": "resp_1", "created_at": 1, "output": [], "status": "completed"}
                 response["usage"] = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}
                 data = {"type": "response.completed", "response": response}
         return sse(data, data["type"])
 
     @staticmethod
     def messages(body: dict) -> list[tuple[str, str]]:
-        if isinstance(body["input"], str):
-            return [("user", body["input"])]
-        return OpenAI.messages({"messages": [{"role": "tool", **item} for item in body["input"]]})
+        return OpenAI.messages({"messages": body["input"]})
 
 
 # ---- What single servers refuse, beside their format ----------------------------
@@ -596,19 +556,15 @@ def alternating(body: dict) -> str:
 
 def strings(body: dict) -> str:
     """Servers whose messages are strings."""
-    for number, message in enumerate(body["messages"]):
-        if isinstance(message.get("content"), list):
-            return f"body.messages.{number}.content: Input should be a valid string"
-    return ""
+    is_list = any(isinstance(message.get("content"), list) for message in body["messages"])
+    return "content: Input should be a valid string" if is_list else ""
 
 
 def groq(body: dict) -> str:
-    for number, message in enumerate(body["messages"]):
-        place, role = f"messages.{number}", message["role"]
-        if isinstance(message.get("content"), list) and role in ("system", "assistant"):
-            return f"'{place}' : for 'role:{role}' the content must be a string"
-        if "reasoning_content" in message:
-            return f"'{place}' : property 'reasoning_content' is unsupported"
+    if strings({"messages": [m for m in body["messages"] if m["role"] in ("system", "assistant")]}):
+        return "for 'role:system' and 'role:assistant' the content must be a string"
+    if any("reasoning_content" in message for message in body["messages"]):
+        return "property 'reasoning_content' is unsupported"
     return ""
 
 
@@ -639,10 +595,9 @@ def kimi(body: dict) -> str:
     thinks = not re.match("deepseek-chat|moonshot-v1", body["model"])
     if not thinks or body.get("thinking") == {"type": "disabled"}:
         return ""
-    for number, message in enumerate(body["messages"]):
-        if message.get("tool_calls") and not message.get("reasoning_content"):
-            return f"reasoning_content is missing in assistant tool call message at index {number}"
-    return ""
+    calls = [message for message in body["messages"] if message.get("tool_calls")]
+    is_missing = any(not message.get("reasoning_content") for message in calls)
+    return "reasoning_content is missing in assistant tool call message" if is_missing else ""
 
 
 # By the first part of the path. A test may change `provider.rules`; it is reset after each.
@@ -659,37 +614,16 @@ RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
 # ---- Whole answers of single servers --------------------------------------------
 
 
-def quota(period: str, limit: int) -> dict:
-    """Gemini's quotas differ in the details only."""
-    words = "You exceeded your current quota, please check your plan and billing details."
-    words += f"\n* Quota exceeded for metric: generate_requests, limit: {limit}"
-    violation = {"quotaId": f"GenerateRequestsPer{period}PerProjectPerModel-FreeTier"}
-    details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}]
-    fault = {"code": 429, "message": words, "status": "RESOURCE_EXHAUSTED", "details": details}
-    return {"error": fault}
-
-
-def plain(message: str, code: str | int) -> dict:
-    return {"error": {"message": message, "code": code}}
-
-
 UNEXPECTED = "Unexpected endpoint or method. (POST /chat/completions)"
-NO_DEPLOYMENT = "The API deployment for this resource does not exist."
 NO_ACCESS = "You don't have access to the model with the specified model ID."
-PAGE = "<html>\n<body>\n<h1>Log in to the network</h1>\n</body>\n</html>"
+PAGE = "<html><h1>Log in to the network</h1></html>"
 BODIES: dict[str, tuple[int, dict | str]] = {  # kind: the status, the body
     "html": (200, PAGE),  # a captive portal, or LM Studio
     "json": (200, {"hello": "world"}),
     "endpoint": (200, {"error": UNEXPECTED}),  # LM Studio
     "no-route": (404, {"detail": "Not Found"}),  # vLLM, for a base URL without /v1
     "no-page": (404, "404 page not found"),  # the same of servers in Go
-    "no-tools": (404, plain("No endpoints found that support tool use.", 404)),  # OpenRouter
-    "data-policy": (404, plain("No endpoints found matching your data policy", 404)),
-    "deployment": (404, plain(NO_DEPLOYMENT, "DeploymentNotFound")),  # Azure
-    "access": (403, plain("Access denied due to Virtual Network rules.", "AccessDenied")),  # Azure
     "access-bedrock": (403, {"message": NO_ACCESS, "__type": "AccessDeniedException"}),
-    "day": (429, quota("Day", 0)),  # Gemini
-    "minute": (429, quota("Minute", 15)),
 }
 
 # ---- The server -----------------------------------------------------------------
@@ -701,15 +635,9 @@ class Seen:
 
     format: type
     body: dict
-    headers: dict
+    key: str
     path: str
     closed: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def key(self) -> str:
-        names = ("x-goog-api-key", "x-api-key", "authorization")
-        keys = [self.headers[name] for name in names if name in self.headers]
-        return keys[0].removeprefix("Bearer ") if keys else ""
 
     @property
     def messages(self) -> list[tuple[str, str]]:
@@ -733,6 +661,9 @@ class Broken(Response):
         await asyncio.sleep(0.01)  # until uvicorn knows
 
 
+KEYS = ("x-goog-api-key", "x-api-key", "authorization")
+
+
 class Provider:
     """The app, its scripts and what it has seen; `with Provider() as provider:` serves it."""
 
@@ -747,7 +678,6 @@ class Provider:
         self.app = FastAPI()
         for route, format in {
             "/gemini/models/{model}:streamGenerateContent": Gemini,
-            "/gemini/models/{model}:generateContent": Gemini,
             "/anthropic/v1/messages": Anthropic,
             "/ollama/api/chat": Ollama,
             "/openai/responses": Responses,
@@ -756,7 +686,6 @@ class Provider:
             self.app.add_route(route, partial(self.respond, format), ["POST"])
 
     def reset(self):
-        """As it was at the start."""
         self.script.clear()
         self.requests.clear()
         self.refused.clear()
@@ -764,7 +693,9 @@ class Provider:
         self.asked.clear()
 
     async def respond(self, format, request: Request):
-        seen = Seen(format, await request.json(), dict(request.headers), str(request.url))
+        keys = [request.headers.get(name, "") for name in KEYS]
+        key = "".join(keys).removeprefix("Bearer ")
+        seen = Seen(format, await request.json(), key, str(request.url))
         self.requests.append(seen)
         self.asked.set()
         server = request.url.path.split("/")[1]
@@ -868,8 +799,7 @@ class Provider:
         self.thread.join(10)
 
 
-# Uvicorn's 5 seconds are about what passes between two tests: a connection could be closed as it
-# is used again.
+# After uvicorn's 5 seconds a connection could be closed as it is used again.
 OPTIONS = {"log_level": "critical", "lifespan": "off", "timeout_keep_alive": 600}
 
 
