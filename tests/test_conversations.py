@@ -1,26 +1,15 @@
-"""What providers demand of a conversation: each of them answers it to its end.
-
-The provider of the tests refuses what the real one refuses: see RULES and `check` in provider.py.
-"""
+"""What providers demand of a conversation: those of provider.py refuse what the real ones do."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
-from agents import Agent, FunctionTool, ModelSettings, WebSearchTool, function_tool
+from agents import Agent, ModelSettings, WebSearchTool, function_tool
 
 from client import Chat, Local, done, error_of, text_of
 from conftest import CUSTOMISED, SERVERS
-from provider import (
-    Failure,
-    Finish,
-    Reset,
-    Text,
-    Thought,
-    ToolCall,
-    alternating,
-    kimi,
-    strings,
-)
+from provider import Failure, Finish, Reset, Text, Thought, ToolCall, alternating, kimi, strings
 from test_errors import message_of
 
 OTHERS = {
@@ -62,11 +51,6 @@ def server(servers, route):
     return servers(f"conversing_{route}")
 
 
-@pytest.fixture
-def chat(server):
-    return Chat(server.url)
-
-
 def told(provider) -> str:
     """What the newest request tells."""
     body = provider.requests[-1].body
@@ -75,14 +59,11 @@ def told(provider) -> str:
 
 def assert_told(provider, phrases: list[str]) -> None:
     """Each once, in this order."""
-    text = told(provider)
-    assert [(phrase, text.count(phrase)) for phrase in phrases] == [(p, 1) for p in phrases]
-    places = [text.index(phrase) for phrase in phrases]
-    assert places == sorted(places)
+    assert re.findall("|".join(map(re.escape, phrases)), told(provider)) == phrases
 
 
 def reply(events: list) -> str:
-    """The text that the turn has shown at last. There was no error."""
+    """The last text that was shown. There was no error."""
     assert not [event for event in events if event.type == "error"], events
     return text_of(done(events)[-1])
 
@@ -108,17 +89,25 @@ def tagged(text: str) -> dict:
 
 
 def hide(chat: Chat, text: str) -> None:
-    assert chat.http.post(f"/hidden/{chat.thread_id}", json=text).status_code == 200
+    assert chat.http.post(f"/hidden/{chat.thread_id}", json=text).is_success
 
 
-STOPPED = "It may have been carried out."  # main.STOPPED_CALL
+STOPPED = "It may have been carried out."  # the end of main.STOPPED_CALL
 CANCELLED = "The user cancelled the stream."  # chatkit's note
-THOUGHT, BUSY, FINE = Thought("I must think."), [Failure("server")], [Text("Fine.")]
+SHOWN = "the card was shown"
+THOUGHT, SO, BUSY, FINE = (
+    Thought("I must think."),
+    Text("So."),
+    [Failure("server")],
+    [Text("Fine.")],
+)
 CITIES = ("Oslo", "Rome", "Paris")
 OSLO, ROME, PARIS = (ToolCall("stock", {"city": city}) for city in CITIES)
 IN_OSLO, IN_ROME, IN_PARIS = (f"{city}: A=4711" for city in CITIES)
 LAST, SLOW, SECOND = map(ToolCall, ("last_card", "slow", "transfer_to_second"))
+NOTHING, TWO = (ToolCall("give", {"what": what}) for what in ("nothing", "two texts"))
 RED = ToolCall("pick_colour", {"hint": "warm"})
+CHOOSE = ToolCall("pick_colour", {"hint": "warm", "name": "choose"})
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -157,7 +146,7 @@ def test_a_long_conversation(server, chat, provider, route):
     assert provider.refused == []
     phrases = ["see Oslo", "First I look.", IN_OSLO, "Two things."]
     phrases += ["see both", IN_ROME, IN_PARIS, "Two cities."]
-    phrases += ["the card was shown", "a colour", "ruby", "Red it is."]
+    phrases += [SHOWN, "a colour", "ruby", "Red it is."]
     phrases += ["what is it?", "You said: The user", "compare @Bericht", "You said: Bericht"]
     phrases += ["a note", "You said: go on", "be slow", STOPPED, CANCELLED]
     phrases += ["be busy", "You said: an image", "hand over", "Here I am.", "the end"]
@@ -173,7 +162,7 @@ def test_a_long_conversation(server, chat, provider, route):
 
 # What the user does, or the model's steps after "do it"; and what the next turn is told.
 TURNS: dict[str, tuple] = {
-    "a quote": (lambda chat: chat.say("see", quoted_text="the quote"), ["see", "the quote"]),
+    "only a quote": (lambda chat: chat.say("", quoted_text="the quote"), ["the quote"]),
     "a tag": (lambda chat: chat.say("", **tagged("see ")), ["see @Bericht", "doc_1"]),
     "two notes": (
         lambda chat: (chat.say("hello"), hide(chat, "one note"), hide(chat, "two")),
@@ -181,25 +170,22 @@ TURNS: dict[str, tuple] = {
     ),
     "errors": (lambda chat: (chat.say("be busy"), chat.say("so busy")), ["be busy", "so busy"]),
     "a tool": ([[THOUGHT, OSLO], FINE], [IN_OSLO, "Fine."]),
-    "a text before a tool": ([[THOUGHT, Text("So."), OSLO], FINE], ["So.", IN_OSLO, "Fine."]),
+    "a text before a tool": ([[THOUGHT, SO, OSLO], FINE], ["So.", IN_OSLO, "Fine."]),
     "parallel tools": (
         [[THOUGHT, OSLO, ROME], [THOUGHT, PARIS], FINE],
         [IN_OSLO, IN_ROME, IN_PARIS, "Fine."],
     ),
-    "a tool that ends the turn": (
-        [[THOUGHT, OSLO], [THOUGHT, Text("So."), LAST]],
-        [IN_OSLO, "So.", "the card was shown"],
-    ),
+    "a tool that ends the turn": ([[THOUGHT, OSLO], [THOUGHT, SO, LAST]], [IN_OSLO, "So.", SHOWN]),
     "a client tool": ([[THOUGHT, RED], FINE], ["ruby", "Fine."]),
     "a client tool beside another": (
-        [[THOUGHT, Text("So."), OSLO, RED], [THOUGHT, ROME], FINE],
+        [[THOUGHT, SO, OSLO, RED], [THOUGHT, ROME], FINE],
         ["So.", IN_OSLO, "ruby", IN_ROME, "Fine."],
     ),
-    "a client tool under another name": ([[THOUGHT, ToolCall("ask_page")], FINE], ["ruby"]),
+    "a client tool under another name": ([[THOUGHT, CHOOSE], FINE], ["ruby"]),
     "a client tool that nobody answers": ([[THOUGHT, OSLO, RED]], [IN_OSLO]),
     "a stopped tool": ([[THOUGHT, SLOW]], [STOPPED, CANCELLED]),
     "a stopped tool beside another": (
-        [[THOUGHT, Text("So."), OSLO, SLOW]],
+        [[THOUGHT, SO, OSLO, SLOW]],
         ["So.", IN_OSLO, STOPPED, CANCELLED],
     ),
     "an error after a tool": ([[THOUGHT, OSLO], BUSY], [IN_OSLO]),
@@ -211,10 +197,8 @@ TURNS: dict[str, tuple] = {
     "white space": ([[Text(" \n"), Text("\n")]], []),
     "white space before a tool": ([[THOUGHT, Text("\n\n"), OSLO], FINE], [IN_OSLO, "Fine."]),
     "white space after a tool": ([[THOUGHT, OSLO], [Text(" \n")]], [IN_OSLO]),
-    "a tool's list of texts": (
-        [[THOUGHT, ToolCall("give", {"what": "two texts"})], FINE],
-        ["one text", "another", "Fine."],
-    ),
+    "a tool that fails": ([[THOUGHT, NOTHING], FINE], ["An error occurred", "Fine."]),
+    "a tool's list of texts": ([[THOUGHT, TWO], FINE], ["one text", "another", "Fine."]),
 }
 
 
@@ -238,6 +222,7 @@ def test_the_thread_goes_on(server, chat, provider, monkeypatch, route, turn):
     assert reply(chat.say("and on")) == "Aye."
     assert provider.refused == []
     assert_told(provider, [*phrases, "and on"])
+    assert (STOPPED in told(provider)) == (STOPPED in phrases)
     is_remembered = not callable(turn_of) and THOUGHT in turn_of[0] and len(phrases) > 1
     if route in REPLAYED and is_remembered:
         assert THOUGHT.text in told(provider)
@@ -246,14 +231,8 @@ def test_the_thread_goes_on(server, chat, provider, monkeypatch, route, turn):
 # ---- Another provider in between ------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("route", "other"),
-    [
-        slow(r, other, unless=r == "deepseek")
-        for r in ("openai", "deepseek", "anthropic")
-        for other in OTHERS
-    ],
-)
+@pytest.mark.parametrize("route", [slow("openai"), "deepseek", slow("anthropic")])
+@pytest.mark.parametrize("other", OTHERS)
 def test_another_provider_in_between(server, chat, provider, route, other):
     """One turn by it, or a hand-off to it in the middle of a turn, after a tool of each."""
     via = f"now this via {OTHERS[other]}"
@@ -274,29 +253,25 @@ def test_another_provider_in_between(server, chat, provider, route, other):
 
 # ---- What a provider refuses is not told again ----------------------------------
 
-REFUSED = [
-    ("openai", [Failure("policy")]),
-    ("anthropic", [Failure("image")]),
-    ("gemini", [Finish("prompt")]),
-]
+REFUSED = [("openai", Failure("policy")), ("anthropic", Failure("image"))]
+REFUSED += [("gemini", Finish("prompt"))]
 
 
-@pytest.mark.parametrize("first", ["at once", "after a tool", "after a client tool"])
-@pytest.mark.parametrize(("route", "steps"), REFUSED, ids=str)
-def test_a_refused_message(main, server, chat, provider, route, steps, first):
+@pytest.mark.parametrize("tool", [OSLO, RED], ids=["a tool", "a client tool"])
+@pytest.mark.parametrize(("route", "step"), REFUSED, ids=str)
+def test_a_refused_message(main, server, chat, provider, route, step, tool):
     """It is left out, with its calls, until it is tried again."""
-    before = {"after a tool": [[THOUGHT, OSLO]], "after a client tool": [[THOUGHT, RED]]}
-    provider.script["bad words"] = [*before.get(first, []), steps, [Text("Never mind.")]]
+    provider.script["bad words"] = [[THOUGHT, tool], [step], [Text("Never mind.")]]
     chat.say("hello")
     events = chat.say("bad words")
-    if first == "after a client tool":
+    if tool is RED:
         events = chat.answer("ruby")
     error = error_of(events)
     assert error.message in (main.FILTERED.message, main.REFUSED_MESSAGE.message)
     assert not error.allow_retry
     assert reply(chat.say("and on")) == "You said: and on"
     # What was refused after a client's answer is that answer.
-    left_out = ["ruby"] if first == "after a client tool" else ["bad words", "A=4711"]
+    left_out = ["ruby"] if tool is RED else ["bad words", "A=4711"]
     assert not [text for text in left_out if text in told(provider)]
     asked = [item["id"] for item in chat.items() if item["type"] == "user_message"][1]
     assert retry(chat, asked) == "Never mind."
@@ -306,12 +281,11 @@ def test_a_refused_message(main, server, chat, provider, route, steps, first):
 
 # ---- A second try --------------------------------------------------------------
 
-SOON = {"Retry-After": "1"}
 TRIES = [  # the routes, and the steps
     *[("openai", Failure("server", status)) for status in (500, 502, 503)],
     *[(route, Failure("server")) for route in ("anthropic", "gemini", "ollama_chat")],
     *[(route, Reset()) for route in ("openai", "anthropic", "gemini", "ollama_chat")],
-    *[(route, Failure("rate", headers=SOON)) for route in ("openai", "anthropic")],
+    *[(r, Failure("rate", headers={"Retry-After": "1"})) for r in ("openai", "anthropic")],
 ]
 
 
@@ -338,8 +312,7 @@ def test_an_unknown_tool_again_and_again(main, server, chat, provider, route):
     assert provider.refused == []
 
 
-def clock(number: int) -> FunctionTool:
-    return function_tool(lambda: "noon", name_override="clock")
+CLOCK = function_tool(lambda: "noon", name_override="clock")
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "gpt-4o"])
@@ -361,16 +334,16 @@ async def test_an_agent_without_a_model(main, provider, monkeypatch):
 
 
 async def test_tools_are_not_dropped_in_silence(main, provider, log):
-    model = main.ProviderModel("perplexity/sonar", f"{provider.url}/own/v1", "key")
-    local = Local(main, tools=[clock(1)])
-    local.server.agent.model = model
+    local = Local(main, tools=[CLOCK])
+    url = f"{provider.url}/own/v1"
+    local.server.agent.model = main.ProviderModel("perplexity/sonar", url, "key")
     await local.say("hello")
     sent = "tools" in provider.requests[0].body
     assert sent or [record for record in log.records if "tools" in record.getMessage()]
 
 
 MISTAKES = {
-    "two tools of one name": ({"tools": [clock(1), clock(2)]}, "clock"),
+    "two tools of one name": ({"tools": [CLOCK, replace(CLOCK)]}, "clock"),
     "two agents of one name": ({"handoffs": [Agent("Clock"), Agent("CLOCK")]}, "to_clock"),
     "a hosted tool": ({"tools": [WebSearchTool()]}, "WebSearchTool"),
 }

@@ -1,7 +1,4 @@
-"""The recipes in tests/examples/, each run where it stands.
-
-With one provider: only the thoughts depend on the provider's wire.
-"""
+"""The recipes in tests/examples/, each run where it stands."""
 
 import json
 import os
@@ -13,7 +10,6 @@ import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import httpx
 import jwt
@@ -28,14 +24,16 @@ from client import (
     changed,
     done,
     error_of,
+    leave,
     many,
     message,
+    processes,
     text_of,
     until,
 )
 from conftest import MODELS
 from provider import Failure, Pause, Silence, Text, Thought, ToolCall
-from test_memory import conversation, pair
+from test_memory import conversation, pair, told
 
 
 def texts(events: list) -> list[str]:
@@ -44,6 +42,11 @@ def texts(events: list) -> list[str]:
 
 def title(chat: Chat) -> str:
     return chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
+
+
+def choosing(model: str | None = None, tool: str | None = None) -> dict:
+    """The options of a message, as ChatKit's composer sends them."""
+    return {"inference_options": {"model": model, "tool_choice": tool and {"id": tool}}}
 
 
 def file_with(*recipes: str, more: str = "") -> str:
@@ -59,7 +62,7 @@ def test_all_recipes_in_one_file(recipe, provider):
     chat = Chat(server.url)
     chat.http.headers.update(cookie())
     provider.script["hello"] = [[Text("See [1].")]]
-    (item,) = done(chat.say("hello", inference_options={"model": "gpt-4o"}))
+    (item,) = done(chat.say("hello", **choosing("gpt-4o")))
     assert len(item.content[0].annotations) == 1
     (request,) = [request for request in provider.requests if request.message == "hello"]
     tools = {tool["function"]["name"] for tool in request.body["tools"]}
@@ -92,11 +95,10 @@ def test_a_widget_with_a_button(recipe, provider):
     (offer,) = done(events, "widget")
     text, button = offer.widget.children
     assert (text.value, button.label) == ("A table for 4", "Book")
-    click = {"type": button.onClickAction.type, "payload": button.onClickAction.payload}
+    click = button.onClickAction.model_dump(include={"type", "payload"})
     assert click == {"type": "book", "payload": {"guests": 4}}
     output = "The user sees the table and a button that books it."
-    found = pair("find_table", {"guests": 4}, output)
-    assert conversation(provider) == [("user", "four of us"), *found]
+    assert conversation(provider)[1:] == pair("find_table", {"guests": 4}, output)
 
     def clicked(action: dict) -> list:
         sender = {"thread_id": chat.thread_id, "item_id": offer.id}
@@ -110,15 +112,13 @@ def test_a_widget_with_a_button(recipe, provider):
     assert (booked.type, booked.item.id) == ("thread.item.replaced", offer.id)
     text, caption = booked.item.widget.children
     assert (text.value, caption.value) == ("A table for 4", "Booked")
-    items = chat.items()
-    assert [items[0], items[2]] == [before[0], before[2]] and "Booked" in str(items[1])
+    question, card, reply = chat.items()
+    assert [question, reply] == [before[0], before[2]] and "Booked" in str(card)
 
     chat.say("thanks")
-    said = " ".join(text for _, text in provider.requests[-1].messages)
-    graphic = json.dumps(items[1]["widget"], separators=(",", ":"))
-    assert said.count(f"was displayed to the user:{graphic}") == 1
-    note = "<HiddenContext>\nThe user booked the table for 4.\n</HiddenContext>"
-    assert said.count(note) == 1
+    said = " ".join(text for _, text in told(provider))
+    for text in ('"Booked"', "<HiddenContext>\nThe user booked the table for 4.\n"):
+        assert said.count(text) == 1
 
 
 def test_a_client_tool(recipe, provider):
@@ -127,8 +127,7 @@ def test_a_client_tool(recipe, provider):
     (call,) = done(chat.say("what time is it?"), "client_tool_call")
     assert (call.name, call.arguments, call.status) == ("local_time", {}, "pending")
     assert texts(chat.answer({"time": "12:00"})) == ["Noon."]
-    found = pair("local_time", {}, '{"time": "12:00"}')
-    assert conversation(provider) == [("user", "what time is it?"), *found]
+    assert conversation(provider)[1:] == pair("local_time", {}, '{"time": "12:00"}')
 
 
 def test_sources_are_shown(recipe, provider):
@@ -145,23 +144,13 @@ def test_sources_are_shown(recipe, provider):
     assert item.model_dump(exclude_none=True)["content"] == content
     assert chat.items()[1]["content"] == content
     found = "[1] Returns: Goods can be returned within 30 days."
-    calls = pair("search", {"query": "returned"}, found)
-    assert conversation(provider) == [("user", "returns?"), *calls]
+    assert conversation(provider)[1:] == pair("search", {"query": "returned"}, found)
 
 
 def rainy(name: str = "MCP_SERVER", *arguments: object, weather: str = "rains") -> dict[str, str]:
     """The variable of an MCP server."""
     command = [sys.executable, SUPPORT / "mcp_server.py", weather, *arguments]
     return {name: shlex.join(map(str, command))}
-
-
-def children(server: Server) -> list[int]:
-    pid = server.process.pid
-    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-
-
-def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.slow
@@ -186,14 +175,20 @@ async def test_mcp_servers_that_come_and_go(recipe, provider, tmp_path):
     assert await weather(1, "soon") == ["rains"]
     (tmp_path / "there").touch()
     assert await weather(1, "soon", "late") == ["rains", "snows"]
-    for child in children(server):
+    for child in processes(server)[1:]:
         os.kill(child, signal.SIGKILL)
     assert await weather(5, "soon", "late") == ["rains"] * 5 + ["snows"] * 5
+    provider.script["go"] = [[ToolCall("mcp_soon__weather", {"city": "Rome"})], [Text("It rains.")]]
+    chat = Chat(server.url)
+    chat.say("go")
+    in_its_turn = conversation(provider)
+    chat.say("and on")
+    assert conversation(provider)[:-2] == in_its_turn
     log = "\n".join(server.log)
     assert log.count("MCP server") == 1 and "Traceback" not in log
-    started = children(server)
+    started = processes(server)[1:]
     server.stop()
-    assert started and not [*filter(is_running, started)]
+    assert started and not any(map(os.path.exists, [f"/proc/{pid}" for pid in started]))
 
 
 # ---- Images -------------------------------------------------------------------------------------
@@ -218,36 +213,31 @@ def test_an_image_is_kept_shown_and_told(recipe, provider, tmp_path):
     chat = Chat(recipe("images", "openai").url)
     image = upload(chat).json()
     kept = tmp_path / "images" / "images" / f"{image['id']}.png"
-    assert re.fullmatch("atc_[0-9a-f]{32}", image["id"])
+    assert re.fullmatch("atc_[0-9a-f]{32}", image["id"])  # nobody guesses it
     address = f"{str(chat.http.base_url).rstrip('/')}/images/{image['id']}.png"
     known = {key: value for key, value in image.items() if value is not None}
     facts = {"type": "image", "name": "a cat.png", "mime_type": "image/png"}
     assert known == {"id": image["id"], "preview_url": address, **facts}
-    assert kept.read_bytes() == png(2, 3)
     preview = chat.http.get(address)
     assert (preview.content, preview.headers["content-type"]) == (png(2, 3), "image/png")
-
-    def told() -> list[tuple[str, str]]:
-        return provider.requests[-1].messages
 
     chat.say("what is it?", attachments=[image["id"]])
     url = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAADCAIAAAA2iEnWcmVzdA=="
     part = {"image_url": {"detail": "auto", "url": url}, "type": "image_url"}
     question = [("user", "what is it?"), ("tool", json.dumps(part))]
-    assert told() == question
+    assert told(provider) == question
     (attachment,) = chat.items()[0]["attachments"]
     attachment.pop("thread_id", None)  # chatkit 1.6 adds it
     assert attachment == known
     chat.say("and now?")
     answered = [("assistant", "You said: what is it?"), ("user", "and now?")]
-    assert told() == [*question, *answered]
+    assert told(provider) == [*question, *answered]
 
     chat.get("attachments.delete", attachment_id=image["id"])
-    assert not kept.exists()
-    assert chat.http.get(address).status_code == 404
+    assert not kept.exists() and chat.http.get(address).status_code == 404
     chat.say("still there?")
     said = "what is it?\n\nThe image a cat.png was deleted."
-    assert told()[:2] == [("user", said), answered[0]]
+    assert told(provider)[:2] == [("user", said), answered[0]]
 
 
 def test_images_that_are_refused(recipe, provider, tmp_path):
@@ -258,18 +248,15 @@ def test_images_that_are_refused(recipe, provider, tmp_path):
     no_image = (415, {"detail": "Only PNG and JPEG images can be sent."})
     for content, answer in (
         (png(2, 3) + bytes(3_750_000), too_large),
-        (png(2, 3) + bytes(5_000_000), too_large),
         (png(8001, 1), too_large),
         (jpeg(8001, 1), too_large),
         (png(0, 1), no_image),
-        (png(2, 3)[:30], no_image),
         (png(2, 3).replace(b"IHDR", b"IEND"), no_image),
         (png(2, 3).replace(b"\2\0\0\0\3", b"\2\0\0\0\4"), no_image),  # its sum does not fit
         (jpeg(2, 3)[:-1], no_image),
         (jpeg(2, 3).replace(b"\xff\xc2", b"\xff\xda"), no_image),
         (b"\xff\xd8\xff\xd8", no_image),
         (b"<script>", no_image),
-        (b"", no_image),
     ):
         response = upload(alice, content)
         assert (response.status_code, response.json()) == answer, content[:40]
@@ -278,18 +265,11 @@ def test_images_that_are_refused(recipe, provider, tmp_path):
     form = {"Content-Type": "multipart/form-data; boundary=b"}
     for body in (iter([b"--b\r\n"]), bytes(4_000_000)):  # refused before it is read
         assert alice.http.post("/images", headers=form, content=body).status_code == 413
-    two_phases = {"name": "a cat.png", "size": 1, "mime_type": "image/png"}
-    assert alice.post("attachments.create", **two_phases).status_code == 400
     assert list((tmp_path / "images" / "images").iterdir()) == []
 
     image = upload(alice, jpeg(8000, 8000)).json()
     assert image["preview_url"] == f"{at}/{image['id']}.jpeg"
-    for response in (
-        bob.post("threads.create", input=message("", attachments=[image["id"]])),
-        bob.post("attachments.delete", attachment_id=image["id"]),
-    ):
-        assert response.status_code == 404
-        assert response.json() == {"detail": f"Attachment {image['id']} not found"}
+    assert bob.post("attachments.delete", attachment_id=image["id"]).status_code == 404
     (kept,) = (tmp_path / "images" / "images").iterdir()
     assert (kept.read_bytes(), provider.requests) == (jpeg(8000, 8000), [])
 
@@ -299,24 +279,17 @@ def test_an_image_for_a_model_without_vision(recipe, provider):
     code = file_with("images", "model_picker")
     chat = Chat(recipe("both", "openai", code, MODELS="gpt-3.5-turbo,unknown").url)
     sent = [upload(chat).json()["id"]]
-    blind, unknown = ({"inference_options": {"model": m}} for m in ("gpt-3.5-turbo", "unknown"))
-    notices = [e.message for e in chat.say("look", attachments=sent, **blind) if e.type == "notice"]
+    events = chat.say("look", attachments=sent, **choosing("gpt-3.5-turbo"))
+    notices = [event.message for event in events if event.type == "notice"]
     assert notices == ["This model cannot see images. It is told their names only."]
-    assert provider.requests[-1].messages == [
-        ("user", "look\n\nThe image a cat.png, which you cannot see.")
-    ]
-    events = chat.say("look", attachments=sent, **unknown)
+    text = "look\n\nThe image a cat.png, which you cannot see."
+    assert told(provider) == [("user", text)]
+    events = chat.say("look", attachments=sent, **choosing("unknown"))
     assert "notice" not in [event.type for event in events]
-    assert [role for role, _ in provider.requests[-1].messages].count("tool") == 2
+    assert [role for role, _ in told(provider)].count("tool") == 2
 
 
 # ---- Thoughts -----------------------------------------------------------------------------------
-
-THINKING = {
-    "gemini": {"thinkingConfig": {"thinkingLevel": "low", "includeThoughts": True}},
-    "openai": {"reasoning_effort": "low"},
-    "anthropic": {"output_config": {"effort": "low"}},
-}
 
 
 def test_thoughts_are_shown(recipe, provider, provider_name):
@@ -326,9 +299,9 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     look = [Thought("Let me "), Thought("think."), ToolCall("nope")]
     provider.script["think"] = [look, [Thought("I know."), Text("Yes.")]]
     chat.say("think")
-    body = provider.requests[0].body
-    asked = body | body.get("generationConfig", {})
-    assert asked | THINKING[provider_name] == asked
+    asked = json.dumps(provider.requests[0].body)
+    assert '"low"' in asked
+    assert ('"includeThoughts": true' in asked) == (provider_name == "gemini")
     _, workflow, reply = chat.items()
     thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
     assert thoughts == ["Let me think.", "I know."]
@@ -338,21 +311,15 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
 # ---- The model picker ---------------------------------------------------------------------------
 
 
-def choosing(model: str | None = None, tool: str | None = None) -> dict:
-    """The options of a message, as ChatKit's composer sends them."""
-    return {"inference_options": {"model": model, "tool_choice": tool and {"id": tool}}}
-
-
 def test_a_model_picker(recipe, provider):
     """The composer shows the models, and each message has its own."""
     claude, llama = "anthropic/claude-sonnet-4-6", "groq/llama-3.3-70b-versatile"
     server = recipe("model_picker", "openai", MODELS=f"{claude},{llama}")
     chat = Chat(server.url)
-    page = chat.http.get("/chatkit").text
-    options = json.loads(re.search(r"const options = (.*);", page)[1])
-    assert options["composer"]["models"] == [
-        {"id": name, "label": name.partition("/")[2]} for name in ("openai/gpt-4o", claude, llama)
-    ]
+    options = re.search(r"const options = (.*);", chat.http.get("/chatkit").text)[1]
+    models = ["openai/gpt-4o", claude, llama]
+    offered = [{"id": model, "label": model.partition("/")[2]} for model in models]
+    assert json.loads(options)["composer"]["models"] == offered
     for choice in ("openai/gpt-4o", claude, None):
         assert texts(chat.say("hello", **choosing(choice))) == ["You said: hello"]
         kind, _, model = (choice or "openai/gpt-4o").partition("/")
@@ -364,25 +331,18 @@ def test_a_model_picker(recipe, provider):
     server.wait_for(f"provider=groq model={llama} end=error")
 
 
-WITHDRAW = """
-@main.app.post("/withdraw")
-def withdraw():
-    model_picker.OFFERED.popitem()
-"""
-
-
 def test_what_is_not_offered(recipe, provider):
     """It is refused before anything is stored, also if a stored message is tried again."""
-    code = file_with("model_picker", more=WITHDRAW)
+    withdraw = "main.app.post('/withdraw')(lambda: model_picker.OFFERED.popitem()[0])"
+    code = file_with("model_picker", more=withdraw)
     chat = Chat(recipe("withdrawn", "openai", code, MODELS="openai/gpt-4o-mini").url)
     chosen = choosing("openai/gpt-4o-mini")
     chat.say("hello", **chosen)
-    chat.http.post("/withdraw")
+    assert chat.http.post("/withdraw").is_success
     items, thread = chat.items(), {"thread_id": chat.thread_id}
     model = "The model openai/gpt-4o-mini"
     for name, type, params in (
         (model, "threads.retry_after_item", {**thread, "item_id": items[0]["id"]}),
-        (model, "threads.create", {"input": message("hello", **chosen)}),
         (model, "threads.add_user_message", {**thread, "input": message("hello", **chosen)}),
         ("The tool nope", "threads.create", {"input": message("hello", **choosing(tool="nope"))}),
     ):
@@ -403,11 +363,9 @@ def test_a_choice_holds_for_its_turn(recipe, provider):
     provider.script["bill"] = [*calls, [Text("Yes?")]]
     chat.say("bill", **choosing(tool="find_table"))
     asked = [(seen.body["model"], seen.body.get("tool_choice")) for seen in provider.requests]
-    time, table = (
-        {"type": "function", "function": {"name": name}} for name in ("local_time", "find_table")
-    )
-    assert asked[:2] == [("gpt-4o-mini", time), ("gpt-4o-mini", None)]
-    assert asked[2:] == [("gpt-4o", table), ("gpt-4o", None), ("gpt-4o", None)]
+    asked = [(model, choice and choice["function"]["name"]) for model, choice in asked]
+    assert asked[:2] == [("gpt-4o-mini", "local_time"), ("gpt-4o-mini", None)]
+    assert asked[2:] == [("gpt-4o", "find_table"), ("gpt-4o", None), ("gpt-4o", None)]
 
 
 # ---- A second agent -----------------------------------------------------------------------------
@@ -440,23 +398,18 @@ HAND_OFFS = {
     "AGENTS = [first, billing]": """
 refunds, euro = (Agent[Any](name, instructions=name) for name in ("Refunds", "REFUNDS"))
 billing.handoffs += [handoff(refunds, tool_name_override="pay_back"), euro]
+euro.handoffs += [Agent("Twin"), Agent("TWIN")]
 AGENTS = [first, billing, refunds, euro]
 """,
 }
-TWINS = HAND_OFFS | {'handoff(refunds, tool_name_override="pay_back")': "refunds"}
-
-
-def test_names_of_agents_that_collide(recipe, provider):
-    """The model has one name for two tools, and the start says so."""
-    code = changed((EXAMPLES / "hand_off.py").read_text(), TWINS)
-    warning = "Two agents have one tool name, and the model reaches only one: transfer_to_refunds"
-    assert "\n".join(recipe("twins", "openai", code).log).count(warning) == 1
 
 
 def test_a_hand_off_that_does_not_end_well(recipe, provider):
-    """It holds after an error and a stop, and a rename meanwhile does, too."""
+    """It holds after an error and a stop, and so does a rename. The start has warned of twins."""
     code = changed((EXAMPLES / "hand_off.py").read_text(), HAND_OFFS)
     server = recipe("nested", "openai", code)
+    (warning,) = [line for line in server.log if "Two agents have one tool name" in line]
+    assert warning.endswith("transfer_to_twin")
     failed, stopped = Chat(server.url), Chat(server.url)
     handed_off = [ToolCall("transfer_to_billing")], [ToolCall("pay_back")]
     provider.script["fail"] = [*handed_off, [Failure("key")]]
@@ -493,8 +446,6 @@ def test_a_login_by_cookie(recipe, provider):
     alice.http.headers.update(cookie())
     bob.http.headers.update(cookie(sub="bob"))
     assert texts(alice.say("hello")) == ["You said: hello"]
-    assert [thread["title"] for thread in alice.get("threads.list")["data"]] == ["hello"]
-    assert bob.get("threads.list")["data"] == []
     assert bob.post("threads.get_by_id", thread_id=alice.thread_id).status_code == 404
 
     for headers in (
@@ -536,21 +487,17 @@ def test_a_login_that_is_not_safe_does_not_start(tmp_path, unsafe, says):
 async def test_a_title_by_the_model(recipe, provider):
     server = recipe("titles", "openai")
 
-    # The title is there while the reply streams: the client is told.
+    # The client is told while the reply streams.
     provider.script["The chat starts with: hello"] = [[Text(" A greeting\n")]]
     slowly = [step for _ in range(200) for step in (Pause(0.02), Text("."))]
     provider.script["hello"] = [slowly]
-    early, titles = Chat(server.url), []
-    for event in early.start("hello"):
-        if event.type == "thread.updated":
-            titles.append(event.thread.title)
-        if len(titles) == 2:
-            break
+    early = Chat(server.url)
+    events = leave(early.start("hello"), '"A greeting"')
+    titles = [event.thread.title for event in events if event.type == "thread.updated"]
     assert titles == ["hello", "A greeting"] and title(early) == "A greeting"
     (asked,) = [seen for seen in provider.requests if seen.message != "hello"]
     assert asked.messages == [("user", "The chat starts with: hello")]
-    task = "Write a title of at most five words for a chat that starts as follows."
-    assert asked.format.instructions(asked.body) == task
+    assert asked.format.instructions(asked.body).startswith("Write a title of at most five words")
 
     # The turn does not wait for it. What the user writes meanwhile stays.
     renamed, late = Chat(server.url), Chat(server.url)

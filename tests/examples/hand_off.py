@@ -41,17 +41,14 @@ async def last_agent(
     return next((agent for agent in AGENTS if agent.name == thread.metadata.get("agent")), first)
 
 
-collisions = set()
 for agent in AGENTS:
     agent.hooks = LastAgent()
     tools = [
         other.tool_name if isinstance(other, Handoff) else Handoff.default_tool_name(other)
         for other in agent.handoffs
     ]
-    collisions |= {tool for tool in tools if tools.count(tool) > 1}
-if collisions:
-    reached = "Two agents have one tool name, and the model reaches only one: %s"
-    main.logger.warning(reached, ", ".join(collisions))
+    for tool in {tool for tool in tools if tools.count(tool) > 1}:
+        main.logger.warning("Two agents have one tool name, and one is never reached: %s", tool)
 
 main.server.agent_for = last_agent  # type: ignore[method-assign]
 

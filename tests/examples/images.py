@@ -14,22 +14,13 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import anyio
 from chatkit.store import AttachmentStore
-from chatkit.types import (
-    Attachment,
-    AttachmentCreateParams,
-    ImageAttachment,
-    NoticeEvent,
-    ThreadMetadata,
-    ThreadStreamEvent,
-    UserMessageItem,
-)
+from chatkit.types import Attachment, ImageAttachment, NoticeEvent, ThreadMetadata, UserMessageItem
 from fastapi import HTTPException, Request
 from fastapi.staticfiles import StaticFiles
 from openai.types.responses import ResponseInputContentParam
@@ -44,7 +35,6 @@ IMAGES_URL = os.getenv("IMAGES_URL", "")
 # Anthropic's bounds: 5 MB in base64, which makes four bytes of three, and 8000 pixels.
 MAX_IMAGE_BYTES = 5_000_000 // 4 * 3
 MAX_SIDE = 8000
-FORM_BYTES = 4 * 1024  # what a form adds to its file
 TOO_LARGE = f"An image may have {MAX_IMAGE_BYTES} bytes and {MAX_SIDE} pixels a side."
 PNG, JPEG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\xff\xd8"  # the first bytes of a file
 JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the segments that tell the size
@@ -66,11 +56,6 @@ def read_header(content: bytes) -> tuple[str, tuple[int, int]] | None:
 
 
 class Images(AttachmentStore[main.Context]):
-    async def create_attachment(
-        self, input: AttachmentCreateParams, context: main.Context
-    ) -> Attachment:
-        raise HTTPException(400, "Upload the image to /images.")
-
     async def delete_attachment(self, attachment_id: str, context: main.Context) -> None:
         # main.py has checked that it is this user's.
         for kind in ("png", "jpeg"):
@@ -81,7 +66,7 @@ class Images(AttachmentStore[main.Context]):
 async def upload(request: Request, context: main.RequestContext) -> Attachment:
     """Keep an image, as ChatKit's upload strategy `direct` sends it."""
     length = request.headers.get("Content-Length", "")
-    if not length.isdigit() or int(length) > MAX_IMAGE_BYTES + FORM_BYTES:
+    if not length.isdigit() or int(length) > MAX_IMAGE_BYTES + 4096:  # for the form
         raise HTTPException(413, TOO_LARGE)
     async with request.form(max_files=1) as form:
         file = form.get("file")
@@ -139,7 +124,7 @@ respond_without_notice = main.server.respond
 
 async def respond(
     thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
-) -> AsyncIterator[ThreadStreamEvent]:
+) -> main.Events:
     """Answer, after a notice if the model cannot see the message's images."""
     config = await main.server.run_config_for(thread, input, context)
     agent = await main.server.agent_for(thread, input, context)

@@ -12,9 +12,9 @@ import os
 import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from agents.mcp import MCPServerManager, MCPServerStdio
-from chatkit.types import ThreadMetadata, ThreadStreamEvent, UserMessageItem
 from fastapi import FastAPI
 
 import main
@@ -68,11 +68,9 @@ async def refresh() -> None:
 respond_without_refresh = main.server.respond
 
 
-async def respond(
-    thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
-) -> AsyncIterator[ThreadStreamEvent]:
+async def respond(*args: Any, **kwargs: Any) -> main.Events:
     await refresh()
-    async for event in respond_without_refresh(thread, input, context):
+    async for event in respond_without_refresh(*args, **kwargs):
         yield event
 
 

@@ -6,10 +6,10 @@ Change         DOCUMENTS and `search`
 """
 
 import re
-from collections.abc import AsyncIterator
+from typing import Any
 
 from agents import function_tool
-from chatkit.types import Annotation, ThreadMetadata, ThreadStreamEvent, URLSource, UserMessageItem
+from chatkit.types import Annotation, URLSource
 
 import main
 
@@ -31,25 +31,18 @@ def search(query: str) -> str:
     return "\n".join(found) or "Nothing found."
 
 
-def citations(text: str) -> list[Annotation]:
-    found = []
-    for match in re.finditer(r"\[(\d+)\]", text):
-        if match[1] in DOCUMENTS:
-            title, url, _ = DOCUMENTS[match[1]]
-            found.append(Annotation(source=URLSource(title=title, url=url), index=match.end()))
-    return found
-
-
 respond_without_sources = main.server.respond
 
 
-async def respond_with_sources(
-    thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
-) -> AsyncIterator[ThreadStreamEvent]:
-    async for event in respond_without_sources(thread, input, context):
+async def respond_with_sources(*args: Any, **kwargs: Any) -> main.Events:
+    async for event in respond_without_sources(*args, **kwargs):
         if event.type == "thread.item.done" and event.item.type == "assistant_message":
             for part in event.item.content:
-                part.annotations += citations(part.text)
+                for match in re.finditer(r"\[(\d+)\]", part.text):
+                    if match[1] in DOCUMENTS:
+                        title, url, _ = DOCUMENTS[match[1]]
+                        source = URLSource(title=title, url=url)
+                        part.annotations.append(Annotation(source=source, index=match.end()))
         yield event
 
 

@@ -6,10 +6,9 @@ Change         the instructions of `writer`; model="openai/gpt-4o-mini" there fo
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from agents import Agent, Runner
-from chatkit.types import ThreadMetadata, ThreadStreamEvent, UserMessageItem
+from chatkit.types import ThreadMetadata, UserMessageItem
 
 import main
 
@@ -23,7 +22,7 @@ respond_without_titles = main.server.respond
 
 async def respond(
     thread: ThreadMetadata, input: UserMessageItem | None, context: main.Context
-) -> AsyncIterator[ThreadStreamEvent]:
+) -> main.Events:
     untitled = thread.title is None and input is not None
     turn_is_over = asyncio.Event()
     try:
@@ -43,14 +42,12 @@ async def write_title(
 ) -> None:
     words, config = thread.title, main.server.run_config  # which gives the agent its model
     try:
-        prompt = f"The chat starts with: {words}"
-        result = await Runner.run(writer, prompt, run_config=config)
-        title = str(result.final_output).strip()[: main.TITLE_LENGTH]
+        result = await Runner.run(writer, f"The chat starts with: {words}", run_config=config)
         # In the turn, chatkit sees the change, saves it, and tells the client.
         over = turn_is_over.is_set()
         changed = await main.server.store.load_thread(thread.id, context) if over else thread
         if changed.title == words:  # the user may have changed it
-            changed.title = title
+            changed.title = str(result.final_output).strip()[: main.TITLE_LENGTH]
             if over:
                 await main.server.store.save_thread(changed, context)
     except Exception as error:  # then the first words remain

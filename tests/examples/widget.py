@@ -5,21 +5,12 @@ Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k widg
 Change         CARD, Booking, `find_table` and what `book` does
 """
 
-from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
 from agents import RunContextWrapper, function_tool
+from chatkit import types
 from chatkit.actions import Action
-from chatkit.types import (
-    HiddenContextItem,
-    ProgressUpdateEvent,
-    ThreadItemDoneEvent,
-    ThreadItemReplacedEvent,
-    ThreadMetadata,
-    ThreadStreamEvent,
-    WidgetItem,
-)
 from chatkit.widgets import WidgetTemplate
 from pydantic import BaseModel, Field
 
@@ -53,33 +44,32 @@ class Booking(BaseModel):
 @function_tool
 async def find_table(ctx: RunContextWrapper[main.ChatContext], guests: int) -> str:
     """Find a free table in the restaurant."""
-    await ctx.context.stream(ProgressUpdateEvent(text="Looking for a table…"))
+    await ctx.context.stream(types.ProgressUpdateEvent(text="Looking for a table…"))
     await ctx.context.stream_widget(CARD.build(Booking(guests=guests)))
     return "The user sees the table and a button that books it."
 
 
 async def book(
-    thread: ThreadMetadata,
+    thread: types.ThreadMetadata,
     action: Action[str, Any],
-    sender: WidgetItem | None,
+    sender: types.WidgetItem | None,
     context: main.Context,
-) -> AsyncIterator[ThreadStreamEvent]:
+) -> main.Events:
     """Book the table when the button of the widget `sender` is clicked."""
     if action.type != "book" or sender is None:
         return
     booking = Booking.model_validate(action.payload)  # it comes from a browser: check it
     booking.booked = True
     sender.widget = CARD.build(booking)
-    yield ThreadItemReplacedEvent(item=sender)
+    yield types.ThreadItemReplacedEvent(item=sender)
     # The model is told by an item that the user does not see.
-    yield ThreadItemDoneEvent(
-        item=HiddenContextItem(
-            id=main.server.store.generate_item_id("message", thread, context),
-            thread_id=thread.id,
-            created_at=datetime.now(),
-            content=f"The user booked the table for {booking.guests}.",
-        )
+    note = types.HiddenContextItem(
+        id=main.server.store.generate_item_id("message", thread, context),
+        thread_id=thread.id,
+        created_at=datetime.now(),
+        content=f"The user booked the table for {booking.guests}.",
     )
+    yield types.ThreadItemDoneEvent(item=note)
 
 
 main.server.agent.tools.append(find_table)

@@ -1,8 +1,7 @@
 """The server as a user of the file would extend it: tools, agents, guardrails, actions, a store.
 
-Run in main.py's place (main.py is imported, its names are used); the agent's tools are what the
-scripts in the tests call. Some of the tools and of the store's methods fail when they are told to.
-A message that ends with "via PROVIDER/MODEL" is answered by that model.
+It is run in main.py's place. The scripts in the tests call the agent's tools. A message that ends
+with "via PROVIDER/MODEL" is answered by that model.
 """
 
 import asyncio
@@ -16,24 +15,19 @@ from functools import partial
 
 from agents import (
     Agent,
-    AgentHooks,
     GuardrailFunctionOutput,
     RunContextWrapper,
     StopAtTools,
-    ToolOutputFileContent,
     ToolOutputImage,
     ToolOutputText,
     function_tool,
     output_guardrail,
 )
-from agents.mcp import MCPServer
 from chatkit import types
 from chatkit.agents import AgentContext, ClientToolCall
 from chatkit.errors import CustomStreamError
 from chatkit.widgets import Card, Text
 from fastapi import Request
-from mcp.types import CallToolResult, TextContent
-from mcp.types import Tool as MCPTool
 from openai.types.shared import Reasoning
 
 if base := os.environ.get("BASE"):  # another server of the tests' provider
@@ -58,13 +52,15 @@ def tool(function, **options):
     return function
 
 
-raising = partial(tool, failure_error_function=None)
-
-
 def place(thread) -> dict:
     """What every item has."""
     id = main.store.generate_item_id("message", thread, {})
     return {"id": id, "thread_id": thread.id, "created_at": datetime.now()}
+
+
+def hidden(thread, content) -> types.ThreadItemDoneEvent:
+    item = types.HiddenContextItem(**place(thread), content=content)
+    return types.ThreadItemDoneEvent(item=item)
 
 
 # ---- Tools that answer --------------------------------------------------------------------------
@@ -80,15 +76,12 @@ async def stock(city: str) -> str:
     return f"{city}: A=4711, B=4712"
 
 
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
 OUTPUTS = {
     "report": "the start " + "x" * 200_000 + " the end",
     "two texts": [ToolOutputText(text="one text"), ToolOutputText(text="another")],
     "half a pair": "half \ud83d",  # of surrogates
-    "pictures": [
-        ToolOutputText(text="two things"),
-        ToolOutputImage(image_url="data:image/png;base64,iVBORw0KGgo="),
-        ToolOutputFileContent(file_data="JVBERi0xLjQ=", filename="plan.pdf"),
-    ],
+    "a picture": [ToolOutputText(text="two things"), ToolOutputImage(image_url=IMAGE)],
 }
 
 
@@ -98,39 +91,22 @@ async def give(what: str):
 
 
 @tool
-async def password() -> str:
-    return "open sesame"
-
-
-@tool
-async def slow() -> None:
+async def slow(ctx: Context) -> None:
     """A tool that does not end by itself."""
+    print(f"slow starts in {ctx.context.thread.id}", flush=True)
     await asyncio.Event().wait()
 
 
-@tool
-def slow_in_a_thread() -> None:
-    """A tool that no cancellation reaches."""
-    time.sleep(1)
-
-
-@raising
+@partial(tool, failure_error_function=None)
 async def broken() -> None:
     """A tool whose own connection timed out, which the provider did not cause."""
     raise TimeoutError("the database was silent")
 
 
 @tool
-async def pick_colour(ctx: Context, hint: str) -> str:
-    """Ask the browser for a colour."""
-    ctx.context.client_tool_call = ClientToolCall(name="pick_colour", arguments={"hint": hint})
-    return "asked"
-
-
-@tool
-async def ask_page(ctx: Context) -> str:
-    """Ask the browser under another name than the tool's."""
-    ctx.context.client_tool_call = ClientToolCall(name="choose", arguments={"hint": "warm"})
+async def pick_colour(ctx: Context, hint: str, name: str = "pick_colour") -> str:
+    """Ask the browser for a colour, under this name or another."""
+    ctx.context.client_tool_call = ClientToolCall(name=name, arguments={"hint": hint})
     return "asked"
 
 
@@ -149,8 +125,7 @@ async def give_notice(ctx: Context) -> None:
 
 @tool
 async def leave_note(ctx: Context) -> None:
-    note = types.HiddenContextItem(**place(ctx.context.thread), content="a hidden note")
-    await ctx.context.stream(types.ThreadItemDoneEvent(item=note))
+    await ctx.context.stream(hidden(ctx.context.thread, "a hidden note"))
 
 
 @tool
@@ -186,15 +161,14 @@ async def three_steps(ctx: Context, end: bool = True) -> None:
 @tool
 async def replace_card(ctx: Context) -> None:
     """Show a card that is not done yet, and another in its place."""
-    texts = ("the first card", "the second card")
-    first, second = (Card(children=[Text(value=text)]) for text in texts)
-    card = types.WidgetItem(**place(ctx.context.thread), widget=first)
-    await ctx.context.stream(types.ThreadItemAddedEvent(item=card))
-    card = card.model_copy(update={"widget": second})
-    await ctx.context.stream(types.ThreadItemReplacedEvent(item=card))
+    added, replaced = types.ThreadItemAddedEvent, types.ThreadItemReplacedEvent
+    facts = place(ctx.context.thread)
+    for event, text in ((added, "the first card"), (replaced, "the second card")):
+        card = Card(children=[Text(value=text)])
+        await ctx.context.stream(event(item=types.WidgetItem(**facts, widget=card)))
 
 
-@raising
+@partial(tool, failure_error_function=None)
 async def growing_card(ctx: Context, end: str) -> None:
     """Show a card whose text grows, until the user leaves or a bug ends it."""
 
@@ -229,22 +203,7 @@ async def end_thread(ctx: Context, how: str) -> None:
     ctx.context.thread.status = locked if how == "locked" else closed
 
 
-# ---- Agents, guardrails, hooks ------------------------------------------------------------------
-
-
-class Almanac(MCPServer):
-    """An MCP server with one tool."""
-
-    name = "almanac"
-    connect = cleanup = list_prompts = get_prompt = None
-
-    async def list_tools(self, run_context=None, agent=None):
-        schema = {"type": "object", "properties": {"day": {"type": "string"}}}
-        return [MCPTool(name="sunrise", description="Tell the sunrise.", inputSchema=schema)]
-
-    async def call_tool(self, tool_name, arguments, meta=None):
-        text = TextContent(type="text", text=f"{arguments['day']}: 06:12")
-        return CallToolResult(content=[text])
+# ---- Agents, a guardrail, an action -------------------------------------------------------------
 
 
 @output_guardrail
@@ -252,29 +211,18 @@ async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
 
 
-class Hooks(AgentHooks):
-    async def on_tool_start(self, context, agent, tool):
-        if tool.name.startswith("slow"):
-            print(f"{tool.name} starts in {context.context.thread.id}", flush=True)
-
-
 THINKING = main.ModelSettings(reasoning=Reasoning(effort="low"))
-ENDING = ["pick_colour", "ask_page", "last_card"]
 second = Agent("Second", instructions="You are the second agent.")
 agent.handoffs = [second]
 for name, model in json.loads(os.environ.get("OTHERS", "{}")).items():
     settings = THINKING if name == "Claude" else main.ModelSettings()
     agent.handoffs.append(Agent(f"Other {name}", model=model, model_settings=settings))
 agent.tools.append(second.as_tool("ask_second", "Ask the second agent."))
-agent.mcp_servers = [Almanac()]
-agent.tool_use_behavior = StopAtTools(stop_at_tool_names=ENDING)
+agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "last_card"])
 agent.output_guardrails = [no_secrets]
-agent.hooks = Hooks()
 agent.model = ThinkingModel(main.model.model)
-agent.model_settings = main.ModelSettings(max_tokens=1_000)  # nothing else may get lost
-if "THINKING" in os.environ:
-    agent.model_settings = THINKING
-main.server.forgotten_tools.add("password")
+settings = main.ModelSettings(max_tokens=1_000)  # nothing else may get lost
+agent.model_settings = THINKING if "THINKING" in os.environ else settings
 
 
 async def run_config_for(thread, input, context):
@@ -291,25 +239,16 @@ async def act(thread, action, sender, context):
         raise CustomStreamError("You cannot do this now.", allow_retry=False)
     if action.type == "break":
         raise ZeroDivisionError("a bug in an action")
-    note = types.HiddenContextItem(**place(thread), content="You clicked.")
-    yield types.ThreadItemDoneEvent(item=note)
+    yield hidden(thread, "You clicked.")
 
 
 main.server.action = act
 
 
-async def hidden_context_to_input(item, convert=main.server.converter.hidden_context_to_input):
-    if item.content == "what no converter knows":
-        raise NotImplementedError(f"secret words of {item.content}")
-    return await convert(item)
-
-
 async def image(attachment) -> dict:
-    url = "data:image/png;base64,iVBORw0KGgo="
-    return {"type": "input_image", "detail": "auto", "image_url": url}
+    return {"type": "input_image", "detail": "auto", "image_url": IMAGE}
 
 
-main.server.converter.hidden_context_to_input = hidden_context_to_input
 main.server.converter.attachment_to_message_content = image
 
 # ---- The store ----------------------------------------------------------------------------------
@@ -335,15 +274,13 @@ main.store.add_thread_item, main.store.save_thread = add_thread_item, save_threa
 
 def completion(*args, original=main.litellm.main.completion, **kwargs):
     """LiteLLM prepares a request in a thread; some take their time."""
-    slow = "slow to prepare" in str(kwargs["messages"])
-    if slow:
-        print("preparing", flush=True)
-        time.sleep(0.3)
-    try:
+    if "slow to prepare" not in str(kwargs["messages"]):
         return original(*args, **kwargs)
-    finally:
-        if slow:
-            print("prepared", flush=True)
+    print("preparing", flush=True)
+    time.sleep(0.3)
+    request = original(*args, **kwargs)
+    print("prepared", flush=True)
+    return request
 
 
 main.litellm.main.completion = completion
@@ -354,7 +291,7 @@ app = main.app
 async def add_hidden_item(thread_id: str, request: Request):
     """Put a hidden item of the application's own into a thread."""
     thread = await main.server.store.load_thread(thread_id, {})
-    item = types.HiddenContextItem(**place(thread), content=await request.json())
+    item = hidden(thread, await request.json()).item
     await main.server.store.add_thread_item(thread_id, item, {})
 
 
@@ -364,12 +301,6 @@ async def keep_image() -> str:
     facts = {"name": "a.png", "mime_type": "image/png", "preview_url": "https://a.example/a.png"}
     await main.store.save_attachment(types.ImageAttachment(id=id, **facts), {})
     return id
-
-
-@app.get("/worker")
-async def worker():
-    """Which process answers on this connection."""
-    return os.getpid()
 
 
 @app.get("/collect")
