@@ -56,7 +56,7 @@ lint: venv  ## Check the format, the code and the types with ruff and mypy
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
 
-bench: venv  ## Measure the server against openai-agents and LiteLLM alone (a few minutes)
+bench: venv  ## Measure the server against openai-agents alone (a few minutes)
 	$(VENV)/bin/python tests/bench.py
 
 bench-postgres: postgres  ## Measure the server on PostgreSQL, with one worker and with two

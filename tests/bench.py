@@ -1,4 +1,4 @@
-"""make bench: what this server costs on top of LiteLLM, measured against the loopback provider.
+"""make bench: what this server costs on top of openai-agents, against the loopback provider.
 
     python tests/bench.py [--main FILE] [WORD ...]
 
@@ -29,14 +29,20 @@ import client
 from client import NO_TLS, POSTGRES, SUPPORT, Server, free_port, load_main, memory
 
 CORES = sorted(os.sched_getaffinity(0))
-# 20 replies at once, and the CPU seconds per delta. `reply` yields whether a chunk is a delta: of
-# LiteLLM alone, or of openai-agents' own loop over main.py's model and agent.
-MEASURE = """
+# openai-agents' own loop over main.py's model and agent, 20 replies at once: CPU seconds per delta.
+AGENTS = """
 import asyncio, os, sys, time
 from pathlib import Path
-{reply}
+os.environ["OPENAI_AGENTS_DISABLE_TRACING"] = "true"
+sys.path.insert(0, sys.argv[1])
+import client
+client.MAIN = Path(sys.argv[3])
+main = client.load_main(Path(sys.argv[2]), dict(os.environ))
+def is_delta(event):
+    return event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
 async def stream():
-    return sum([is_delta async for is_delta in reply()])
+    run = main.Runner.run_streamed(main.server.agent, "hello")
+    return sum([is_delta(event) async for event in run.stream_events()])
 async def run():
     await stream()
     began = time.process_time()
@@ -44,24 +50,6 @@ async def run():
     print((time.process_time() - began) / deltas, flush=True)
     os._exit(0)
 asyncio.run(run())
-"""
-LITELLM = """
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-import litellm
-async def reply():
-    messages = [{"role": "user", "content": "hello"}]
-    async for chunk in await litellm.acompletion(sys.argv[3], messages=messages, stream=True):
-        yield bool(chunk.choices[0].delta.content)
-"""
-AGENTS = """
-os.environ["OPENAI_AGENTS_DISABLE_TRACING"] = "true"
-sys.path.insert(0, sys.argv[1])
-import client
-client.MAIN = Path(sys.argv[4])
-main = client.load_main(Path(sys.argv[2]), dict(os.environ))
-async def reply():
-    async for event in main.Runner.run_streamed(main.server.agent, "hello").stream_events():
-        yield event.type == "raw_response_event" and event.data.type == "response.output_text.delta"
 """
 IMPORTS = """
 import os
@@ -131,19 +119,15 @@ def percentile_95(values: list[float]) -> float:
 
 
 def cpu_per_delta(main) -> list[float]:
-    def alone(reply: str, environment: dict[str, str]) -> float:
-        command = [sys.executable, "-c", MEASURE.replace("{reply}", reply)]
-        command += [str(SUPPORT), str(folder()), main.litellm_name("openai", "auto")]
-        command.append(str(client.MAIN))
-        return float(subprocess.check_output(command, env=environment, text=True).split()[-1])
-
+    program = [sys.executable, "-c", AGENTS, str(SUPPORT), str(folder()), str(client.MAIN)]
     with served(250, 50) as server:
         began = cpu(server.process.pid)
         deltas = sum(map(len, chats(server, 20)))
         ours = (cpu(server.process.pid) - began) / deltas
-        agents, litellm = (alone(reply, server.environment) for reply in (AGENTS, LITELLM))
-    say(f"CPU seconds per delta: {ours:.6f}, openai-agents {agents:.6f}, LiteLLM {litellm:.6f}")
-    return [ours / agents, ours / litellm]
+        output = subprocess.check_output(program, env=server.environment, text=True)
+    agents = float(output.split()[-1])
+    say(f"CPU seconds per delta: {ours:.6f}, openai-agents {agents:.6f}")
+    return [ours / agents]
 
 
 def first_delta(main) -> list[float]:
@@ -244,7 +228,7 @@ STREAMS = "streams at 50 deltas/s with p95 delay under 100 ms"
 PAGES = "page of 20 at 100,000 rows ÷ at 100, from the start, the worse of both orders"
 # Each function, how often it runs, and its figures with their targets.
 FIGURES = [
-    (cpu_per_delta, 3, [("CPU per delta ÷ openai-agents' own", 1.10), ("÷ LiteLLM's", 1.15)]),
+    (cpu_per_delta, 3, [("CPU per delta ÷ openai-agents' own", 1.10)]),
     (first_delta, 3, [("p95 of the first delta ÷ length of the run, 16 fast streams", 0.10)]),
     (streams_held, 1, [(f"{STREAMS}, on one core", None)]),
     (memory_pages, 1, [(PAGES, 1.5)]),

@@ -37,7 +37,6 @@ NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_B
 # with a slash is a provider and its model: servers("groq/llama-3.3-70b").
 SERVERS = {
     **{name: {"PROVIDER": name} for name in PROVIDERS},
-    "sqlite": {"PROVIDER": "openai", "PROGRAM": str(recipe_path("sqlite_store"))},
     # Hosting platforms set WEB_CONCURRENCY, and uvicorn would start workers.
     "no_key": {"PROVIDER": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
     # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.

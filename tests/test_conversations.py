@@ -323,16 +323,6 @@ async def test_settings_that_a_model_refuses(main, provider, name):
     assert ("temperature" in request.body) == (name == "gpt-4o")
 
 
-async def test_an_agent_without_a_model(main, provider, monkeypatch):
-    """openai-agents gives it a reasoning effort for OpenAI's default model. It is not sent."""
-    model = main.ProviderModel("gemini/gemini-flash-latest", f"{provider.url}/gemini", "key")
-    monkeypatch.setattr(main, "model", model)
-    local = Local(main)
-    local.server.agent = Agent("Second")
-    assert done(await local.say("hello"))
-    assert "thinkingConfig" not in str(provider.requests[0].body)
-
-
 async def test_tools_are_not_dropped_in_silence(main, provider, log):
     local = Local(main, tools=[CLOCK])
     url = f"{provider.url}/own/v1"

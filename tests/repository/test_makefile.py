@@ -22,9 +22,9 @@ FOUND = {
     "python3.11": ({"python3": "3.13.0", "python3.11": "3.11.7"}, ["PYTHON=python3.11"]),
 }
 MISSING = {
-    "python3 is Python 3.9.18,": ({"python3": "3.9.18"}, []),
+    "python3 is Python 3.9.18.": ({"python3": "3.9.18"}, []),
     "python3.9 is Python": ({"python3": "3.12.1", "python3.9": "3.9.18"}, ["PYTHON=python3.9"]),
-    "python3 is missing,": ({}, []),
+    "python3 is missing.": ({}, []),
 }
 
 

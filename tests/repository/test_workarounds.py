@@ -30,9 +30,6 @@ def collect(server) -> None:
     server.wait_for("/collect", times + 1)
 
 
-# ---- LiteLLM
-
-
 def test_words_for_a_failure(main):
     """LiteLLM 16651: it says "stop", a normal end, for these words of providers."""
     ends = {word: core_helpers.map_finish_reason(word) for word in main.FAILURES}
@@ -147,9 +144,6 @@ def test_the_first_chat_imports_hundreds_of_modules(provider, name):
     assert provider.requests[-1].message == "hello"
 
 
-# ---- openai-agents
-
-
 @pytest.mark.parametrize("settings", [None, ModelSettings(temperature=0)])
 async def test_a_second_agent_gets_openais_reasoning_effort(main, provider, settings):
     """openai-agents, no issue known: it gives an agent without a model the effort "none".
@@ -163,9 +157,6 @@ async def test_a_second_agent_gets_openais_reasoning_effort(main, provider, sett
     assert [event async for event in result.stream_events()]
     (request,) = provider.requests
     assert "thinking" not in str(request.body)
-
-
-# ---- chatkit
 
 
 def test_an_abandoned_queue_getter(servers, provider):
