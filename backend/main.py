@@ -859,9 +859,12 @@ class Turn:
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
-        event = HEARTBEAT
-        with anyio.move_on_after(SILENCE_SECONDS):
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(SILENCE_SECONDS, self.queue.put_nowait, HEARTBEAT)
+        try:
             event = await self.queue.get()
+        finally:
+            timer.cancel()
         if not event:
             raise StopAsyncIteration
         return event
@@ -1309,14 +1312,14 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
             if turn.stopped:  # nobody sees this event, so it must not be stored
                 continue
             match event:
+                case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
+                    extend_item(unfinished[id], update)
                 case ThreadItemAddedEvent(item=item):
                     unfinished[item.id] = item
                     if item.type == "assistant_message":
                         for calls in memory.take_items(begun):
                             yield ThreadItemDoneEvent(item=calls)
                         begun += 1
-                case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
-                    extend_item(unfinished[id], update)
                 case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
                     unfinished.pop(item.id, None)
                 case ThreadItemRemovedEvent(item_id=id):
