@@ -1304,7 +1304,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
 
     chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
-    unfinished = {}  # by id
+    unfinished: dict[str, ThreadItem] = {}  # by id
     begun = 0  # messages
     failure: Exception | None = None
     try:

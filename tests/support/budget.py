@@ -15,7 +15,7 @@ MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
 # providers demand of a conversation came on top. These are the figures that were reached.
 BUDGET = {
     "code lines": 1290,  # without blank lines, comments and docstrings
-    "nodes": 10570,  # of the syntax tree
+    "nodes": 10580,  # of the syntax tree
     "nodes a line": 8.4,
     "definitions": 122,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
