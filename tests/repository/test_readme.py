@@ -31,7 +31,7 @@ TESTED = {
     r".* pytest ": "test_the_code",
     r"git merge-file ": "test_a_newer_version",
     r"\$ curl|    \"|data: ": "test_the_curl_answers_as_shown",
-    r"export DATABASE_URL|PYTHONPATH=.*/uvicorn .* postgres_store:app": "tests/postgres",
+    r"export DATABASE_URL|.*/uvicorn .* postgres_store:app": "tests/postgres",
 }
 
 
