@@ -44,7 +44,7 @@ postgres: venv
 
 test-latest: $(LATEST)/installed  ## Run the tests, without PostgreSQL's, on the newest releases
 	@$(LATEST)/bin/python -m pip list --format=freeze
-	$(LATEST)/bin/python -m pytest -q tests tests/repository --ignore tests/repository/test_customised_copy.py
+	$(LATEST)/bin/python -m pytest -q -o norecursedirs=postgres --ignore tests/repository/test_customised_copy.py
 
 test-browser: venv  ## Test the page at /chatkit in a browser (apt-get install chromium)
 	@$(VENV)/bin/python -m pip install -q -r tests/requirements-browser.txt -c backend/constraints.txt

@@ -1191,8 +1191,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_attachment(params.attachment_id, context)
 
     def check_options(self, options: InferenceOptions) -> None:
-        """Refuse a choice of a model or a tool. Override this to offer some, with agent_for or
-        run_config_for."""
+        """Refuse a choice of a model or a tool.
+
+        To offer some, override this, and agent_for or run_config_for.
+        """
         chosen = options.model or (options.tool_choice and options.tool_choice.id)
         require(not chosen, f"{chosen!s:.100} is not offered.")
 
