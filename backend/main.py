@@ -100,7 +100,6 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice
 from typing import Annotated, Any
 from zlib import crc32
 
@@ -171,7 +170,6 @@ from chatkit.types import (
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litellm.exceptions import (
     AuthenticationError,
     ContentPolicyViolationError,
@@ -274,15 +272,14 @@ class Table:
     async def page(self, owner: str, after: str | None, limit: int, order: str) -> Page[Any]:
         """Return at most `limit` rows after that id."""
         await asyncio.sleep(0)  # let others run: chatkit may read a whole thread page by page
-        rows = self.rows.get(owner, {})
-        ids = reversed(rows) if order == "desc" else iter(rows)
+        ids = list(self.rows.get(owner, {}))
+        if order == "desc":
+            ids.reverse()
         if after:
             self.load(owner, after)
-            while next(ids) != after:
-                pass
-        found = list(islice(ids, min(limit, len(rows)) + 1))
-        data = [self.load(owner, id) for id in found[:limit]]
-        has_more = len(found) > limit
+            del ids[: ids.index(after) + 1]
+        data = [self.load(owner, id) for id in ids[:limit]]
+        has_more = len(ids) > limit
         return Page(data=data, has_more=has_more, after=data[-1].id if has_more else None)
 
 
@@ -670,7 +667,7 @@ class ProviderModel(LitellmModel):
         if own == (default.reasoning, default.verbosity):
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
         told = model_input(input, self.model)
-        if is_begun_by_another(told, self.model):
+        if "claude" in self.model and is_begun_by_another(told, self.model):
             # After another model's calls, a Claude that thinks refuses to go on with the turn.
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
@@ -1048,13 +1045,13 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         It starts with a user message: some providers refuse a conversation that starts with the
         assistant's. What a provider has refused is left out.
         """
-        items = await self.newest_items(thread.id, context)
-        refused = {id for item in items for id in hidden_content(item, REFUSED_ITEMS)}
-        told = [
-            item
-            for item in items
-            if not hidden_content(item, REFUSED_ITEMS) and item.id not in refused
-        ]
+        refused: list[str] = []
+        told = []
+        for item in await self.newest_items(thread.id, context):
+            marks = hidden_content(item, REFUSED_ITEMS)  # ids of older items
+            refused += marks
+            if not marks and item.id not in refused:
+                told.append(item)
         while told and told[-1].type != "user_message":
             told.pop()
         Turn.current.get().question = told[0].id if told else ""
@@ -1114,9 +1111,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
             # A turn may begin while we wait: it would save a deleted thread again.
-            while running := [turn for turn in self.turns_of(thread_id) if not turn.stopped]:
+            while running := self.turns_of(thread_id):
                 await stop_turns(running)
-            await wait_until_ended(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
             # A running turn may save its thread, and would bring the old title back.
@@ -1284,21 +1280,21 @@ async def require_answer(events: Events, turn: Turn) -> Events:
     """Raise ChatError if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
-        answered |= is_answer(event)
+        answered = answered or is_answer(event)
         yield event
     if not answered and not turn.stopped:
         raise ChatError(EMPTY_REPLY, turn.model)
 
 
 def is_answer(event: ThreadStreamEvent) -> bool:
-    match event:
-        case ThreadItemDoneEvent(item=AssistantMessageItem(content=parts)):
+    if event.type != "thread.item.done":
+        return event.type in ("thread.item.replaced", "client_effect", "notice")
+    match event.item:
+        case AssistantMessageItem(content=parts):
             return any(part.text.strip() for part in parts)
-        case ThreadItemDoneEvent(item=WorkflowItem(workflow=workflow)):
+        case WorkflowItem(workflow=workflow):
             return workflow.type != "reasoning"
-        case ThreadItemDoneEvent(item=item):
-            return "hidden" not in item.type
-    return event.type in ("thread.item.replaced", "client_effect", "notice")
+    return "hidden" not in event.item.type
 
 
 async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory) -> Events:
@@ -1394,24 +1390,22 @@ class ToolMemory(RunHooks[Any]):
     forgotten_tools: set[str]
     run: Any = None  # the RunResultStreaming, as soon as there is one
     completed: int = 0  # messages of the model
-    # What is not stored yet: the number of messages up to a step, what the model said in it, and
-    # the outputs of its calls, by their ids.
-    steps: list[tuple[int, Any, dict[str, Any]]] = field(default_factory=list)
-    outputs: dict[str, Any] = field(default_factory=dict)  # of the newest step
+    # The steps that are not stored yet: the number of messages up to each, and what the model said.
+    steps: list[tuple[int, Any]] = field(default_factory=list)
+    outputs: dict[str, Any] = field(default_factory=dict)  # of the calls, by their ids
     client_call: str = ""  # the id of the call that the client answers
     hidden_ids: list[str] = field(default_factory=list)  # ids of the hidden items
 
     async def on_llm_start(self, context: Any, agent: Any, prompt: Any, input: list[Any]) -> None:
         # If a call never ran, because there is no such tool, its output is only in the next input.
-        for item in reversed(input):  # some providers give the same id in each step
+        for item in input:
             if item.get("type") == "function_call_output":
                 self.outputs.setdefault(item["call_id"], item["output"])
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that chatkit has not read yet.
         self.completed += [output.type for output in response.output].count("message")
-        self.outputs = {}
-        self.steps.append((self.completed, response.output, self.outputs))
+        self.steps.append((self.completed, response.output))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1429,10 +1423,10 @@ class ToolMemory(RunHooks[Any]):
         """Return, once, what is to be stored after this number of the turn's messages."""
         ready = [step for step in self.steps if step[0] <= messages]
         del self.steps[: len(ready)]
-        inputs = [self.remembered(step, outputs) for _, step, outputs in ready]
+        inputs = [self.remembered(step) for _, step in ready]
         return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
 
-    def remembered(self, step: Any, outputs: dict[str, Any]) -> list[Any]:
+    def remembered(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
         said = [
             item.model_dump(mode="json", exclude_unset=True)
@@ -1448,7 +1442,7 @@ class ToolMemory(RunHooks[Any]):
         for call in kept:
             call["arguments"] = as_arguments(call["arguments"])
             id = call["call_id"]
-            output = shortened(as_text(outputs.get(id, STOPPED_CALL)))
+            output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
         return [*reasoning, *kept, *answers, *for_client] if kept else for_client
 
@@ -1680,11 +1674,8 @@ async def not_found(request: Request, error: NotFoundError) -> Response:
     return JSONResponse({"detail": str(error)}, 404)
 
 
-Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-
-
 # CHANGE ME: who is asking. With a login of your own, delete the other lines with TOKENS, too.
-async def request_context(bearer: Bearer) -> Context:
+async def request_context(request: Request) -> Context:
     """Return the context that the Store receives.
 
     {"user_id": ...} for a token in CHATKIT_TOKENS; {} if that is not set. Raises HTTPException
@@ -1693,9 +1684,10 @@ async def request_context(bearer: Bearer) -> Context:
     """
     if not TOKENS:
         return {}
-    given = bearer.credentials.encode() if bearer else b""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     for token, user in TOKENS.items():
-        if secrets.compare_digest(token.encode(), given):
+        is_equal = secrets.compare_digest(token.encode(), given.encode())
+        if is_equal and scheme.lower() == "bearer":
             return {"user_id": user}
     raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
 
