@@ -453,8 +453,14 @@ CUT_OFF = ErrorKind(
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
+# The model takes no tools, or not these settings.
+NO_SETTING = (
+    "support tools|tool.choice|unction calling|function_declarations|input_schema|Invalid schema"
+    "|nsupported.(parameter|value)|request argument|may only be set|is unsupported, did you mean"
+)
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",
+    statuses=[400, 422],
     classes=(
         UserError,
         UnsupportedParamsError,
@@ -463,6 +469,7 @@ SETUP = ErrorKind(
         AttributeError,
         NameError,
     ),
+    words=NO_SETTING,
 )
 UNAVAILABLE = ErrorKind(
     "The AI provider is unavailable. Try again later.{address}",
