@@ -21,7 +21,6 @@ from datetime import date, datetime
 from pathlib import Path
 
 import httpx
-from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
 
 sys.path.extend(f"{Path(__file__).parent}/{name}" for name in ("support", "examples"))
 
@@ -157,43 +156,6 @@ def streams_held(main) -> list[float]:
         return [held(server)]
 
 
-def a_thread(id: str = "t") -> ThreadMetadata:
-    return ThreadMetadata(id=id, created_at=datetime.now())
-
-
-def a_message(id: str) -> AssistantMessageItem:
-    content = [AssistantMessageContent(text="hello " * 20)]
-    return AssistantMessageItem(id=id, thread_id="t", created_at=datetime.now(), content=content)
-
-
-async def page_ratio(stores: dict) -> float:
-    """Time of a page at 100,000 rows ÷ at 100, from the start: the worse of both orders."""
-    ratios = []
-    for order in ("asc", "desc"):
-        times = {count: [] for count in stores}
-        for count, store in 300 * list(stores.items()):
-            began = time.perf_counter()
-            await store.load_thread_items("t", None, 20, order, {})
-            await store.load_threads(20, None, order, {})
-            times[count].append(time.perf_counter() - began)
-        ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
-    return max(ratios)
-
-
-def memory_pages(main) -> list[float]:
-    async def measure() -> float:
-        stores = {}
-        for count in (100, 100_000):
-            store = stores[count] = main.MemoryStore()
-            await store.save_thread(a_thread(), {})
-            for number in range(count):
-                await store.add_thread_item("t", a_message(f"msg_{number}"), {})
-                await store.save_thread(a_thread(f"thr_{number}"), {})
-        return await page_ratio(stores)
-
-    return [asyncio.run(measure())]
-
-
 def resident_memory(main) -> list[float]:
     with served(500, 50) as server:
         sizes = [memory(server)]
@@ -225,13 +187,11 @@ def start(main) -> list[float]:
 # ---- The table -----------------------------------------------------------------------------------
 
 STREAMS = "streams at 50 deltas/s with p95 delay under 100 ms"
-PAGES = "page of 20 at 100,000 rows ÷ at 100, from the start, the worse of both orders"
 # Each function, how often it runs, and its figures with their targets.
 FIGURES = [
     (cpu_per_delta, 3, [("CPU per delta ÷ openai-agents' own", 1.10)]),
     (first_delta, 3, [("p95 of the first delta ÷ length of the run, 16 fast streams", 0.10)]),
     (streams_held, 1, [(f"{STREAMS}, on one core", None)]),
-    (memory_pages, 1, [(PAGES, 1.5)]),
     (resident_memory, 1, [("MiB after a chat", None), ("MiB that 1,000 cancelled add", None)]),
     (start, 3, [("start ÷ the template's imports", 1.10), ("the first chat ÷ the next", 4)]),
 ]

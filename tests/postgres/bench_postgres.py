@@ -12,14 +12,17 @@ import os
 import statistics
 import sys
 import time
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+
+from chatkit.types import AssistantMessageContent, AssistantMessageItem, ThreadMetadata
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 import bench
 import client
-from bench import PAGES, STREAMS, Server, a_message, a_thread, chats, held, page_ratio, say, served
+from bench import STREAMS, Server, chats, held, say, served
 from cluster import Database
 
 FILL = (
@@ -35,6 +38,32 @@ def store_class(database) -> type:
     """The recipe's class in this process. It wants a database when it is imported."""
     os.environ["DATABASE_URL"] = database.schema()
     return importlib.import_module("postgres_store").PostgresStore
+
+
+PAGES = "page of 20 at 100,000 rows ÷ at 100, from the start, the worse of both orders"
+
+
+def a_thread(id: str = "t") -> ThreadMetadata:
+    return ThreadMetadata(id=id, created_at=datetime.now())
+
+
+def a_message(id: str) -> AssistantMessageItem:
+    content = [AssistantMessageContent(text="hello " * 20)]
+    return AssistantMessageItem(id=id, thread_id="t", created_at=datetime.now(), content=content)
+
+
+async def page_ratio(stores: dict) -> float:
+    """Time of a page at 100,000 rows ÷ at 100, from the start: the worse of both orders."""
+    ratios = []
+    for order in ("asc", "desc"):
+        times = {count: [] for count in stores}
+        for count, store in 300 * list(stores.items()):
+            began = time.perf_counter()
+            await store.load_thread_items("t", None, 20, order, {})
+            await store.load_threads(20, None, order, {})
+            times[count].append(time.perf_counter() - began)
+        ratios.append(statistics.median(times[100_000]) / statistics.median(times[100]))
+    return max(ratios)
 
 
 def pages(main, database) -> list[float]:
