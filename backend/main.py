@@ -59,6 +59,8 @@ DEFAULTS = {
     # LiteLLM would download its price map, and a list of headers.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_OFFLINE_MODE": "True",
+    # LiteLLM would look for a .env file of its own, and set the blank variables in it.
+    "LITELLM_MODE": "PRODUCTION",
     # openai-agents would upload traces of every chat to OpenAI.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
@@ -100,6 +102,7 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import takewhile
 from typing import Annotated, Any
 from zlib import crc32
 
@@ -407,11 +410,12 @@ class ErrorKind:
     """One kind of error: what the person in the chat reads of it, and how it is recognised.
 
     It fits if a cause has a listed class, or if the HTTP status is listed and the provider's text
-    matches `words`, a regular expression.
+    matches `words`: a regular expression, for which capital letters make no difference.
     """
 
     message: str  # may name the {key}, the {model} and the {address}
     allow_retry: bool = False
+    is_forgotten: bool = False  # whether later turns leave out what the turn was about
     statuses: Container[int] = ()
     classes: tuple[type[Exception], ...] = ()
     words: str = ""
@@ -424,7 +428,19 @@ GUARDRAILS = (
 )
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
+    is_forgotten=True,
+    statuses=[400, 403],
     classes=(ContentPolicyViolationError, ModelRefusalError),
+    words="input was flagged|terms of service|usage guidelines|content exists risk",
+)
+TOO_LONG = ErrorKind(
+    "This is too long for the model, and later turns leave it out. Shorten your message, or start"
+    " a new thread.",
+    is_forgotten=True,
+    statuses=[400, 413, 429, 500],
+    classes=(ContextWindowExceededError,),
+    words="request too large|maximum (context|model|prompt) length|context (length|window)"
+    "|reduce the length of|input is too long for",
 )
 RATE_LIMIT = ErrorKind(
     "The AI provider's rate limit is reached. Wait a moment and try again.",
@@ -446,17 +462,21 @@ NOT_UNDERSTOOD = ErrorKind(
     allow_retry=True,
     statuses=[400],
     classes=(ModelBehaviorError, StopAsyncIteration),
-    words="tool_use_failed|Got unexpected response",
+    words="tool_use_failed|output_parse_failed|unexpected (response|tokens)|has crashed|unloaded",
 )
 CUT_OFF = ErrorKind(
     "The reply was cut off: the AI provider did not finish it. Try again.",
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
-# The model takes no tools, or not these settings.
+# The model takes no tools, or not these settings; or the provider serves nobody here.
 NO_SETTING = (
-    "support tools|tool.choice|unction calling|function_declarations|input_schema|Invalid schema"
-    "|nsupported.(parameter|value)|request argument|may only be set|is unsupported, did you mean"
+    "support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d|invalid schema"
+    "|function_declarations|unsupported.(parameter|value)|unknown parameter|response_format"
+    "|argument (supplied|not supported)|is unsupported, did you mean|not enabled for models"
+    "|`temperature`|max_tokens|top_p|reasoning_(effort|format)|thinking (budget|level|is not)"
+    "|(adaptive|support) thinking|thinking.type|user location|has been (disabled|restricted)"
+    "|api version"
 )
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",
@@ -479,7 +499,8 @@ UNAVAILABLE = ErrorKind(
 )
 REFUSED_MESSAGE = ErrorKind(
     "The AI provider refused this message, and later turns leave it out. Change it, and send it"
-    " again.",
+    " again. The server's log has the reason.",
+    is_forgotten=True,
     statuses=[400, 413, 422],
 )
 NO_KEY = ErrorKind("This server has no {key}. Set it, or try PROVIDER=mock.")
@@ -488,34 +509,38 @@ UNKNOWN_MODEL = (
     "The AI provider does not know the model {model}, or does not let you use it. Check MODEL."
 )
 KEY_REFUSED = "The AI provider refused the key. Check {key}."
-NO_QUOTA = r"insufficient_quota|credit balance is too low|PerDay|per day \(|per-day|limit: 0"
+NO_QUOTA = (
+    "insufficient_quota|credit balance is too low|per.?day|limit: 0|api usage limits|billing_"
+    "|billing hard limit|spend(ing)? (cap|limit)|credits are depleted|ly usage limit"
+    "|key limit exceeded|credits or licenses|used all available credits"
+)
 NO_MODEL = (
-    "model_not_found|invalid_model|valid model|Model Not Exist|AccessDenied|odel not found"
-    '|is not found for API|No endpoints found for|"model: |LLM Provider NOT provided'
-    "|` does not exist|not found, try pulling|' not found"
+    "model_not_found|invalid_model|valid model|model not exist|AccessDenied|model not found"
+    '|is not found for API|no endpoints found for|"model: |LLM provider NOT provided'
+    "|model \\S+ does not exist|not found, try pulling|' not found|was not found or your project"
+    "|no longer (available|supported)|not a chat model|in v1/responses|end of its life"
+    "|model identifier|inference profile|no models loaded|unavailable model|specified model"
 )
 CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=[402]),
     ErrorKind(USED_UP, statuses=range(400, 600), words=NO_QUOTA),
     ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=NO_MODEL),
+    replace(REFUSED_MESSAGE, statuses=[404], words="image input"),
     ErrorKind(
         "The AI provider has nothing at this address. The server's log has the reason.{address}",
         statuses=[404, 405],
     ),
+    FILTERED,
     ErrorKind(KEY_REFUSED, statuses=[401], classes=(AuthenticationError,)),
-    ErrorKind(KEY_REFUSED, statuses=[400], words="API_KEY_INVALID|API key not valid"),
+    ErrorKind(
+        KEY_REFUSED, statuses=[400], words="API_KEY_INVALID|API key not valid|incorrect API key"
+    ),
     ErrorKind(
         "The AI provider refused access. Check {key}. The server's log has the reason.",
         statuses=[403],
     ),
-    ErrorKind(
-        "This is too long for the model. Shorten your message, or start a new thread.",
-        statuses=[413, 429],
-        classes=(ContextWindowExceededError,),
-        words="Request too large",
-    ),
+    TOO_LONG,
     RATE_LIMIT,
-    FILTERED,
     ErrorKind(
         "This server's rules do not allow this. Rephrase your message.",
         classes=(
@@ -542,7 +567,9 @@ CHAT_ERRORS = [  # the first that fits is the one
     replace(NOT_UNDERSTOOD, classes=(ValueError, KeyError)),
 ]
 # Once a part of the reply was shown, an error that is none of AFTER_TEXT counts as CUT_OFF.
-FILTERED_REPLY = replace(FILTERED, message=f"{FILTERED.message} The reply is not complete.")
+FILTERED_REPLY = replace(
+    FILTERED, message=f"{FILTERED.message} The reply is not complete.", is_forgotten=False
+)
 AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
 
@@ -575,7 +602,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
             causes.append(inner)
     for kind in AFTER_TEXT if after_text else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
-        if has_class or (status in kind.statuses and re.search(kind.words, said)):
+        if has_class or (status in kind.statuses and re.search(kind.words, said, re.I)):
             return ChatError(kind, model, error)
     return ChatError(CUT_OFF, model, error) if after_text else error
 
@@ -612,11 +639,18 @@ def is_worth_a_retry(context: RetryPolicyContext) -> bool:
     """Decide whether openai-agents asks the provider again, once, before anything was shown."""
     kind = getattr(context.error, "kind", None)
     wait = context.normalized.retry_after or 0
+    if "retryDelay" in str(context.error.__cause__):  # Gemini's own header, seldom a short time
+        return False
     return kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and wait <= RETRY_SECONDS
 
 
 def needs_reasoning(model: str) -> bool:
-    """Return whether the model, while it thinks, refuses a tool call without its reasoning."""
+    """Return whether the model, while it thinks, refuses a tool call without its reasoning.
+
+    Cerebras refuses any reasoning.
+    """
+    if model.startswith("cerebras/"):
+        return False
     return any(name in model.lower() for name in ("deepseek", "kimi", "glm"))
 
 
@@ -837,7 +871,7 @@ class Turn:
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] = field(init=False)  # see `start`
     memory: ToolMemory | None = None  # None until the run has begun
-    question: str = ""  # the id of the newest item that the model is told
+    question: list[str] = field(default_factory=list)  # ids of the messages that it answers
     model: ProviderModel = model  # the one that ran last
     outcome: str = "done"  # for the log: done, stopped or error
     stopped: bool = False
@@ -1054,14 +1088,19 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """
         refused: list[str] = []
         told = []
-        for item in await self.newest_items(thread.id, context):
+        items = await self.newest_items(thread.id, context)
+        for item in items:
             marks = hidden_content(item, REFUSED_ITEMS)  # ids of older items
             refused += marks
             if not marks and item.id not in refused:
                 told.append(item)
         while told and told[-1].type != "user_message":
             told.pop()
-        Turn.current.get().question = told[0].id if told else ""
+        question = told[:1]
+        if any(hidden_content(item, REFUSED_ITEMS) for item in items[1:2]):
+            # Twice in a row: it may be an older message that nothing has answered.
+            question += takewhile(lambda item: item.type not in REPLIES, told[1:])
+        Turn.current.get().question = [item.id for item in question]
         return await self.converter.to_agent_input(told[::-1])
 
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
@@ -1362,9 +1401,8 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
     except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
         log_error(known)
-        if getattr(known, "kind", None) in (FILTERED, REFUSED_MESSAGE):
-            # Later turns leave out what it was about.
-            refused = memory.hidden_item(REFUSED_ITEMS, [turn.question, *memory.hidden_ids])
+        if isinstance(known, ChatError) and known.kind.is_forgotten:
+            refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question, *memory.hidden_ids])
             yield ThreadItemDoneEvent(item=refused)
         raise known from known.__cause__
 
@@ -1374,6 +1412,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
 # These types mark our hidden items among an application's own.
 REMEMBERED_CALL = "remembered_tool_call"
 REFUSED_ITEMS = "refused_items"
+REPLIES = ("assistant_message", "client_tool_call", "hidden_context_item")  # types of items
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
@@ -1618,7 +1657,7 @@ def as_json(value: Any) -> str:
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     repair_libraries()
     file = ENV_FILE if ENV_FILE.is_file() else "no .env"
     logger.info("PROVIDER=%s, model %s, %s. The chat is at /chatkit", PROVIDER, model.model, file)
@@ -1813,7 +1852,7 @@ async def chatkit_page() -> str:
 FAILED_END = "malformed_function_call"
 FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", "ERROR", "error"]
 FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
-FAILURES += ["UNEXPECTED_TOOL_CALL", "network_error"]
+FAILURES += ["UNEXPECTED_TOOL_CALL", "network_error", "insufficient_system_resource"]
 parse_chunk: Any = GeminiChunks.chunk_parser
 uvicorn_shutdown: Any = uvicorn.Server.shutdown
 
@@ -1837,7 +1876,7 @@ def repair_libraries() -> None:
     warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
     # Workaround (LiteLLM 16651): it says "stop", a normal end, for these words of providers.
     words: Any = core_helpers._FINISH_REASON_MAP
-    words.update(dict.fromkeys(FAILURES, FAILED_END))
+    words.update(dict.fromkeys(FAILURES, FAILED_END), model_length="length")
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
     uvicorn.Server.shutdown = stop_turns_first  # type: ignore[method-assign]
 

@@ -13,8 +13,9 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_N
 
 # Before the other imports, hence E402: both take seconds, and a second core is free.
 forked.warm_up()
-# LiteLLM would download its price map here, too, and try three times.
+# LiteLLM would download its price map here, too, and try three times; and read your .env.
 os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_OFFLINE_MODE": "True"})
+os.environ["LITELLM_MODE"] = "PRODUCTION"
 
 import agents  # noqa: E402
 import litellm  # noqa: E402, F401  (main.py's fixture needs it)

@@ -279,6 +279,21 @@ def test_a_refused_message(main, server, chat, provider, route, step, tool):
     assert_told(provider, ["You said: hello", "bad words", "Never mind.", "the end"])
 
 
+@pytest.mark.parametrize("route", ["openai"])
+def test_a_message_that_was_not_answered_and_then_refused(chat, provider, route):
+    """It is told with the next one, which is refused for it. The second refusal forgets both."""
+    for text in ("one", "two"):
+        provider.script[text] = [[Failure("policy")]]
+    provider.script["bad words"] = [BUSY]
+    assert error_of(chat.say("bad words")).allow_retry
+    assert not error_of(chat.say("one")).allow_retry
+    assert_told(provider, ["bad words", "one"])
+    assert not error_of(chat.say("two")).allow_retry
+    assert_told(provider, ["bad words", "two"])
+    assert reply(chat.say("and on")) == "You said: and on"
+    assert "bad words" not in told(provider)
+
+
 # ---- A second try --------------------------------------------------------------
 
 TRIES = [  # the routes, and the steps

@@ -83,8 +83,8 @@ CASES = {
     "no access": Case([Failure("forbidden")], "403"),
     "an unknown model": Case([Failure("model")], "UNKNOWN_MODEL"),
     "the rate": Case([Failure("rate", headers=LATER)], "RATE_LIMIT"),
-    "the length": Case([Failure("long")], "ContextWindowExceededError"),
-    "the rate of a minute": Case([Failure("minute")], "RATE_LIMIT", ("gemini",), requests=2),
+    "the length": Case([Failure("long")], "TOO_LONG"),
+    "the rate of a minute": Case([Failure("minute")], "RATE_LIMIT", ("gemini",)),
     "overloaded": Case([Failure("server", headers=LATER)], "UNAVAILABLE"),
     "payment": Case([Failure("image", 402)], "USED_UP", ALL),
     "credit": Case(CREDIT, "USED_UP", ("anthropic",)),
@@ -96,8 +96,8 @@ CASES = {
             (OPENROUTER, "404", "no-tools data-policy"),
             ("openai", "404", "no-route no-page deployment"),
             ("openai", "UNKNOWN_MODEL", "project access access-bedrock"),
-            ("openai", "ContextWindowExceededError", "tpm"),
-            (GROQ, "ContextWindowExceededError", "tpm-groq"),
+            ("openai", "TOO_LONG", "tpm"),
+            (GROQ, "TOO_LONG", "tpm-groq"),
             ("openai", "USED_UP", "quota"),
             ("gemini", "USED_UP", "day"),
             (GROQ, "NOT_UNDERSTOOD", "tool"),
@@ -146,8 +146,14 @@ CASES = {
     "a wrong end": cut([*HALVES, end_of_gemini("UNEXPECTED_TOOL_CALL")], ("gemini",)),
     **{
         f"the reason {reason}": cut([*HALVES, Raw(OpenAI({}).chunk({}, reason))], COMPATIBLE)
-        for reason in ("error", "network_error")
+        for reason in ("error", "network_error", "insufficient_system_resource")
     },
+    "the limit of Mistral": Case(
+        [*HALVES, Raw(OpenAI({}).chunk({}, "model_length"))],
+        "LONG_REPLY",
+        COMPATIBLE,
+        "The first half",
+    ),
     # Neither call is run: its arguments may be incomplete, and others may have had to follow.
     "a call and no end": Case([ToolCall("clock"), Raw(b"")], "CUT_OFF"),
     "a call at the length limit": Case([ToolCall("clock"), Finish("length")], "LONG_REPLY"),
@@ -222,7 +228,7 @@ def test_what_a_provider_answers(main, servers, provider, name, wire):
     assert [item["id"] for item in replies] == shown
     assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
     # Only a message that was refused for what it holds is left out.
-    is_refused = case.error in ("FILTERED", "REFUSED_MESSAGE") and not case.kept
+    is_refused = case.error in ("FILTERED", "REFUSED_MESSAGE", "TOO_LONG") and not case.kept
     assert ("please" in str(provider.requests[-1].messages)) == (not is_refused)
 
 
@@ -307,6 +313,42 @@ CHAINS = [  # the innermost error first
     ("", lambda: [RuntimeError("429")]),
     ("", lambda: [RuntimeError("one"), RuntimeError("two")] * 2),  # a circle
 ]
+
+
+TEXTS = """
+    400 TOO_LONG This endpoint's maximum context length is 65536 tokens.
+    400 TOO_LONG Prompt contains 40000 tokens, too large for model with 32768 maximum context length
+    400 TOO_LONG Trying to keep the first 5000 tokens when context the overflows. context length
+    400 TOO_LONG Please reduce the length of the messages or completion.
+    400 TOO_LONG Input is too long for requested model.
+    404 UNKNOWN_MODEL This model models/gemini-2.0-flash is no longer available to new users.
+    400 UNKNOWN_MODEL The model `x` has been decommissioned and is no longer supported.
+    404 UNKNOWN_MODEL This is not a chat model and thus not supported
+    400 UNKNOWN_MODEL Retry your request with the ID or ARN of an inference profile
+    400 USED_UP You have reached your specified API usage limits.
+    429 USED_UP Your account is not active: billing_not_active
+    429 USED_UP Your prepayment credits are depleted.
+    403 USED_UP Key limit exceeded (total limit).
+    429 RATE_LIMIT Please check your plan and billing details. Quota of 15 per minute
+    400 SETUP User location is not supported for the API use.
+    400 SETUP `temperature` is deprecated for this model.
+    400 SETUP Function tools with reasoning_effort are not supported for gpt-5.6
+    400 SETUP Invalid 'tools[0].function.name': string does not match pattern.
+    400 SETUP "gemma" does not support thinking
+    400 KEY_REFUSED Incorrect API key provided: x
+    403 FILTERED Your chosen model requires moderation and your input was flagged
+    404 REFUSED_MESSAGE No endpoints found that support image input
+    400 REFUSED_MESSAGE Expected `thinking` or `redacted_thinking`, but found `tool_use`.
+    400 REFUSED_MESSAGE image exceeds 5 MB maximum
+    400 NOT_UNDERSTOOD The model has crashed without additional information.
+"""
+
+
+@pytest.mark.parametrize("line", TEXTS.strip().splitlines())
+def test_the_words_of_single_providers(main, line):
+    status, name, text = line.split(maxsplit=2)
+    found = main.chat_error_for(Refused(int(status), text), main.model)
+    assert found.kind.message == message_of(main, name)
 
 
 @pytest.mark.parametrize("cause", [True, False], ids=["cause", "context"])

@@ -1,11 +1,14 @@
 """Settings, starts that must not happen, keys, models, and the template's five boxes."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import litellm
 import pytest
 
-from client import Chat, done, error_of, load_main, text_of
+from client import Chat, done, error_of, load_main, text_of, write_main
 
 UNUSABLE = [
     ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
@@ -91,6 +94,19 @@ def test_a_blank_variable_is_unset(tmp_path, main, value, read):
     assert loaded.KEPT["OPENAI_AGENTS_DISABLE_TRACING"] == (value.strip() or "true")
     kept = load_main(tmp_path / "no file", settings, keep).KEPT
     assert kept.get("OPENAI_API_KEY", "") == value.strip()
+
+
+@pytest.mark.slow
+def test_only_this_file_reads_an_env_file(tmp_path):
+    """LiteLLM would look for one above its own folder, and set its blank keys."""
+    (tmp_path / "litellm").symlink_to(Path(litellm.__file__).parent)
+    (tmp_path / ".env").write_text("PROVIDER=gemini\nGEMINI_API_KEY=\n")
+    write_main(tmp_path, None)
+    program = tmp_path / "program.py"
+    program.write_text("import main; print(main.make_model('gemini/x').missing_keys)")
+    environment = {"PYTHONPATH": str(tmp_path / "backend")}
+    printed = subprocess.check_output([sys.executable, program], env=environment, text=True)
+    assert "GEMINI_API_KEY" in printed
 
 
 # ---- Models ---------------------------------------------------------------------

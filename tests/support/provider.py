@@ -170,9 +170,9 @@ class Gemini(Format):
         policy    400 INVALID_ARGUMENT The request was rejected: content_policy_violation
         server    503 UNAVAILABLE The model is overloaded. Please try again later.
         image     400 INVALID_ARGUMENT Unable to process input image. Please retry.
-        day       429 RESOURCE_EXHAUSTED Quota exceeded: GenerateRequestsPerDay, limit: 0
-        minute    429 RESOURCE_EXHAUSTED Quota exceeded: GenerateRequestsPerMinute, limit: 15
-        calling   400 INVALID_ARGUMENT Function calling is not enabled for models/gemma-3
+        day       429 RESOURCE_EXHAUSTED GenerateRequestsPerDay, limit: 0
+        minute    429 RESOURCE_EXHAUSTED GenerateRequestsPerMinute "retryDelay": "34s"
+        calling   400 INVALID_ARGUMENT Function calling is not enabled for models/x
     """)
     usage: ClassVar = {"promptTokenCount": 7, "candidatesTokenCount": 3, "totalTokenCount": 10}
     about: ClassVar = {"usageMetadata": usage, "modelVersion": "gemini"}
