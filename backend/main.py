@@ -707,8 +707,8 @@ class ProviderModel(LitellmModel):
         own = (model_settings.reasoning, model_settings.verbosity)
         if own == (default.reasoning, default.verbosity):
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
-        told = model_input(input, self.model)
-        if "claude" in self.model and is_begun_by_another(told, self.model):
+        told, is_begun_by_another = model_input(input, self.model)
+        if "claude" in self.model and is_begun_by_another:
             # After another model's calls, a Claude that thinks refuses to go on with the turn.
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
@@ -1571,19 +1571,24 @@ class Converter(ThreadItemConverter):
         return await super().hidden_context_to_input(item)
 
 
-def model_input(items: str | list[Any], model: str) -> list[Any]:
+def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
     """Return the model's input as every provider takes it.
+
+    And whether another model has called tools since the user's newest message.
 
     Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
     refuses a user's message right after a tool's output. Some servers refuse a list in place of a
     text. Some models refuse a tool call without their own reasoning.
     """
     told: list[Any] = [{}]
+    is_begun_by_another = False
     for item in ItemHelpers.input_to_new_input_list(items):
         message = simplified(item)
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
-        if is_empty or (kind == "reasoning" and not is_own(message, model)):
+        is_own = message.get("provider_data", {}).get("model", model) == model
+        is_begun_by_another = kind != "user" and (is_begun_by_another or not is_own)
+        if is_empty or (kind == "reasoning" and not is_own):
             continue
         while kind == "user" and kind_of(told[-1]) == "reasoning":
             told.pop()  # the call that it belongs to was never answered
@@ -1597,21 +1602,7 @@ def model_input(items: str | list[Any], model: str) -> list[Any]:
             # A step of the model begins. Reasoning of its own, if it has some, replaces this.
             told.append({"type": "reasoning", "summary": [{"text": "-"}]})
         told.append(message)
-    return told[1:]
-
-
-def is_begun_by_another(told: list[Any], model: str) -> bool:
-    """Return whether another model has called tools since the user's newest message."""
-    for item in reversed(told):
-        if kind_of(item) == "user":
-            break
-        if not is_own(item, model):
-            return True
-    return False
-
-
-def is_own(item: Any, model: str) -> bool:
-    return item.get("provider_data", {}).get("model", model) == model
+    return told[1:], is_begun_by_another
 
 
 def kind_of(item: Any) -> Any:
