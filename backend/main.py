@@ -439,7 +439,7 @@ TOO_LONG = ErrorKind(
     is_forgotten=True,
     statuses=[400, 413, 429, 500],
     classes=(ContextWindowExceededError,),
-    words="request too large|maximum (context|model|prompt) length|context (length|window)"
+    words="request too large|maximum (context|model|prompt) length|context (length|window|limit)"
     "|reduce the length of|input is too long for",
 )
 RATE_LIMIT = ErrorKind(
