@@ -792,6 +792,8 @@ class Provider:
 
     def __enter__(self):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        # asyncio does not do it for such a listener: each answer would wait 40 ms for an ACK.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Not uvloop: as this process's policy it keeps playwright on Python < 3.12 from starting.
         config = uvicorn.Config(self.app, loop="asyncio", **OPTIONS)
