@@ -300,7 +300,7 @@ TRIES = [  # the routes, and the steps
     *[("openai", Failure("server", status)) for status in (500, 502, 503)],
     *[(route, Failure("server")) for route in ("anthropic", "gemini", "ollama_chat")],
     *[(route, Reset()) for route in ("openai", "anthropic", "gemini", "ollama_chat")],
-    *[(r, Failure("rate", headers={"Retry-After": "1"})) for r in ("openai", "anthropic")],
+    *[(r, Failure("rate", headers={"Retry-After": "0.1"})) for r in ("openai", "anthropic")],
 ]
 
 

@@ -42,6 +42,8 @@ for name in ("SILENCE_SECONDS", "STOP_SECONDS"):
     setattr(main, name, float(os.environ.get(name, getattr(main, name))))
 if "DATABASE" in os.environ:
     main.store = main.server.store = SQLiteStore(os.environ["DATABASE"])
+if retry := getattr(main.server.run_config.model_settings, "retry", None):
+    retry.backoff = {"initial_delay": 0}  # it would wait 0.25 seconds
 agent = main.server.agent
 agent.tools = []  # a copy may have tools of these names
 
