@@ -36,7 +36,7 @@ test-repository: venv  ## Run the tests of this repository: README, Makefile, pi
 	$(VENV)/bin/python -m pytest -q tests/repository
 
 test-postgres: postgres  ## Run the tests of threads and items on PostgreSQL, with two workers
-	$(VENV)/bin/python -m pytest -q --postgres $(ON_POSTGRES) tests/postgres
+	$(VENV)/bin/python -m pytest -q --postgres -m "not slow" $(ON_POSTGRES) tests/postgres
 
 postgres: venv
 	@$(VENV)/bin/python tests/postgres/cluster.py

@@ -140,7 +140,7 @@ def servers(request, provider, database, tmp_path_factory):
             (folder / ".env").write_text(environment.pop("ENV_FILE"))
         if database and name in ON_POSTGRES:
             environment["DATABASE_URL"] = database.pooled() or database.schema()
-            return Server(folder, environment, POSTGRES / "served.py", workers=2)
+            return Server(folder, environment, POSTGRES / "served.py", fork=True, workers=2)
         program = environment.pop("PROGRAM", None)
         fork = name != "as_by_a_user"  # the others are forks of a process with all imports
         return Server(folder, environment, program and Path(program), fork)

@@ -63,9 +63,10 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_each_thought_and_each_step_is_there_once(custom_chat, customised, provider, end):
     answer, leave_at = ENDS[end]
-    thought = [Thought("First, "), Thought("look. "), ToolCall("three_steps", {"end": False})]
-    provider.script["go"] = [thought, answer]
-    events = leave(custom_chat.start("go"), leave_at or "nothing")
+    thought, gate = [Thought("First, "), Thought("look. ")], Silence()
+    steps = ToolCall("three_steps", {"end": False})
+    provider.script["go"] = [[*thought, gate, steps], answer]
+    events = leave(custom_chat.start("go"), leave_at or "nothing", {"look. ": gate})
     customised.wait_for(f"thread={custom_chat.thread_id} ")
     assert [event.type for event in events].count("error") == ("error" in end)
     shown, stored = items_shown(events), custom_chat.items()
@@ -147,8 +148,9 @@ def test_a_guardrail_takes_back_the_turn(custom_chat, provider, main):
     custom_chat.say("hello")
     before = custom_chat.debug()
     look = [Text("Let me see. "), ToolCall("clock")]
-    provider.script["tell me"] = [look, [Text("the forbidden word")]]
-    events = custom_chat.say("tell me")
+    gate = Silence()
+    provider.script["tell me"] = [look, [Text("the forbidden word"), gate]]
+    events = leave(custom_chat.start("tell me"), "nothing", {"forbidden": gate})
     shown = [event.item.id for event in events if event.type == "thread.item.added"]
     removed = [event.item_id for event in events if event.type == "thread.item.removed"]
     assert len(shown) == 2 and removed == shown

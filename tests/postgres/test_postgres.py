@@ -41,7 +41,14 @@ def url(database):
     return database.schema()
 
 
-def workers(provider, folder: Path, url: str, changes: dict[str, str] | None = None, **more: str):
+def workers(
+    provider,
+    folder: Path,
+    url: str,
+    changes: dict[str, str] | None = None,
+    fork: bool = True,
+    **more: str,
+):
     """Two workers on the database, started."""
     environment = {
         **provider.environment(),
@@ -50,15 +57,15 @@ def workers(provider, folder: Path, url: str, changes: dict[str, str] | None = N
         **more,
     }
     served = POSTGRES / "served.py"
-    return Server(folder, environment, served, changes=changes, workers=2).started()
+    return Server(folder, environment, served, fork, changes, workers=2).started()
 
 
 @pytest.fixture(scope="module")
 def server(provider, url, tmp_path_factory):
-    """Two workers, each with fewer connections than it has chats."""
+    """Two workers in new processes, each with fewer connections than it has chats."""
     options = json.dumps({"max_size": 4, "timeout": 30})
     folder = tmp_path_factory.mktemp("postgres")
-    server = workers(provider, folder, url, STORE_OPTIONS=options)
+    server = workers(provider, folder, url, fork=False, STORE_OPTIONS=options)
     yield server
     assert server.stop() == 0
 

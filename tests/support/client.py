@@ -87,7 +87,7 @@ class Server:
     """`python backend/main.py`, or a `program`, in a folder and an environment of its own.
 
     With `fork`: a fork of a process that has done the imports (forked.py).
-    With `workers`: new processes, which uvicorn starts from the program's `app`.
+    With `workers`: as many processes, which uvicorn starts from the program's `app`.
     Without `login`, main.py keeps its own instead of that of the tests (users.py)."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Server:
             **environment,
         }
         if fork:
-            self.process = Forked(command[1], self.environment, folder)
+            self.process = Forked(command[1:], self.environment, folder)
         else:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=self.environment, stdout=-1, stderr=-2, text=True
@@ -345,12 +345,18 @@ class Reading:
         return self.events
 
 
-def leave(stream, text: str) -> list:
-    """Read a stream until an event holds the text, and leave. Return the events."""
+def leave(stream, text: str, gates: dict | None = None) -> list:
+    """Read a stream until an event holds the text, and leave. Return the events.
+
+    `gates` are {text: Silence}: the provider goes on when an event that holds the text was read.
+    """
     events = []
     for event in stream:
         events.append(event)
-        if text in event.model_dump_json():
+        said = event.model_dump_json()
+        for gate in [gate for key, gate in (gates or {}).items() if key in said]:
+            gate.end.set()
+        if text in said:
             break
     stream.close()
     return events

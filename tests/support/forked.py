@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
+import uvicorn._subprocess
+
 SUPPORT = Path(__file__).resolve().parent
 IMPORTED = (  # by main.py, and by the libraries with their first request
     "agents.extensions.models.litellm_model",
@@ -55,31 +57,38 @@ if os.environ.pop("IMPORT_ALL", ""):
     assert threading.active_count() == 1, threading.enumerate()  # a fork has none of them
 
 
-def run(program: str, environment: dict[str, str], folder: str, output) -> None:
-    """Do in this fork what `python PROGRAM` does in a new process."""
+def run(arguments: list[str], environment: dict[str, str], folder: str, output) -> None:
+    """Do in this fork what `python *arguments` does in a new process: a program, or -m uvicorn."""
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     multiprocessing.process._parent_process = None  # a new process is nobody's worker
+    multiprocessing.current_process()._config["daemon"] = False  # it may have workers, forks, too
+    uvicorn._subprocess.spawn = multiprocessing.get_context("fork")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [program]
+    program = arguments[0]
     sys.path[:0] = [str(Path(program).parent), *environment["PYTHONPATH"].split(os.pathsep)]
-    module = environment["PYTHONWARNINGS"].rpartition(":")[2]
+    module = environment.get("PYTHONWARNINGS", "__main__").rpartition(":")[2]
     warnings.filterwarnings("error", category=DeprecationWarning, module=module)
-    runpy.run_path(program, run_name="__main__")
+    if program == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(program, run_name="__main__")
 
 
 class Forked:
     """A program in a fork, with the methods of subprocess.Popen that the tests use."""
 
-    def __init__(self, program: str, environment: dict[str, str], folder: Path):
+    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path):
         reader, writer = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=run, args=(program, environment, str(folder), writer), daemon=True
+            target=run, args=(arguments, environment, str(folder), writer), daemon=True
         )
         self.process.start()
         writer.close()
