@@ -89,12 +89,12 @@ def upstream(deltas: int, per_second: float):
 
 
 @contextmanager
-def served(deltas: int, per_second: float, workers: int = 1, **variables: str):
+def served(deltas: int, per_second: float, workers: int = 0, **variables: str):
     """The server in front of that provider; with DATABASE_URL, on PostgreSQL."""
     program = POSTGRES / "postgres_store.py" if "DATABASE_URL" in variables else None
     with upstream(deltas, per_second) as environment:
         server = Server(folder(), environment | variables, program, workers=workers).started()
-        chats(server, 2 * workers)
+        chats(server, 2 * server.workers)
         yield server
         server.stop()
 

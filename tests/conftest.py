@@ -27,14 +27,14 @@ from provider import Provider  # noqa: E402
 PROVIDERS = ["gemini", "openai", "anthropic"]
 COMPLAINTS = ("never retrieved", "was destroyed", "Unclosed", "never awaited", "Traceback", "ERROR")
 USERS = {"alice": "token-of-alice", "bob": "token-of-bob"}
-CUSTOMISED, SERVED = {"PROGRAM": str(SUPPORT / "customised.py")}, str(SUPPORT / "served.py")
+CUSTOMISED = {"PROGRAM": str(SUPPORT / "customised.py")}
 # LiteLLM treats each family of models in its own way. The tests of what one demands name one of it.
 MODELS = {"gemini": "gemini-flash-latest", "openai": "gpt-4o", "anthropic": "claude-sonnet-4-6"}
 NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
 NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_BASE"], "")
 
-# The environments of the servers that tests share. PROGRAM runs in main.py's place, and ENV_FILE is
-# what the .env file holds. `customised_` servers have the tools of support/customised.py. A name
+# The environments of the servers that tests share. PROGRAM runs in main.py's place, WORKERS are
+# those of uvicorn, and ENV_FILE is what the .env file holds. `customised_` servers have the tools of support/customised.py. A name
 # with a slash is a provider and its model: servers("groq/llama-3.3-70b").
 SERVERS = {
     **{name: {"PROVIDER": name} for name in PROVIDERS},
@@ -42,7 +42,7 @@ SERVERS = {
     "no_key": {"PROVIDER": "", "WEB_CONCURRENCY": "4"} | NO_KEYS,
     # Blank variables, as docker compose leaves them. LiteLLM would read one as a number.
     "as_by_a_user": {"PROVIDER": "", "AIOHTTP_CONNECTOR_LIMIT": "", "ENV_FILE": "PROVIDER=gemini"},
-    "env_file": {"ENV_FILE": "PROVIDER=mock\nPORT=1\nMODEL=\n", "PROGRAM": SERVED},
+    "env_file": {"ENV_FILE": "PROVIDER=mock\nPORT=1\nMODEL=\n", "WORKERS": "1"},
     "users": CUSTOMISED
     | {
         "PROVIDER": "openai",
@@ -141,9 +141,9 @@ def servers(request, provider, database, tmp_path_factory):
         if database and name in ON_POSTGRES:
             environment["DATABASE_URL"] = database.pooled() or database.schema()
             return Server(folder, environment, POSTGRES / "served.py", fork=True, workers=2)
-        program = environment.pop("PROGRAM", None)
+        program, workers = environment.pop("PROGRAM", None), int(environment.pop("WORKERS", 0))
         fork = name != "as_by_a_user"  # the others are forks of a process with all imports
-        return Server(folder, environment, program and Path(program), fork)
+        return Server(folder, environment, program and Path(program), fork, workers=workers)
 
     def start(name: str) -> Server:
         if name not in running:

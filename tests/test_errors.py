@@ -248,7 +248,7 @@ def test_silence(main, servers, provider):
         assert text_of(chat.items()[-1]) == {"later": "The first half"}.get(text, text)
     assert len(provider.requests) == len(chats)  # a timeout is not tried again
     for request in provider.requests:
-        assert request.closed.wait(1)
+        assert request.closed.wait(5)
 
 
 @pytest.mark.parametrize("stream", [True, False])

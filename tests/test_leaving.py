@@ -57,7 +57,7 @@ class PieceByPiece:
                 self.sent += 1
         stream.close()
         requests = [request for request in provider.requests if request.message == text]
-        assert all(request.closed.wait(1) for request in requests)
+        assert all(request.closed.wait(5) for request in requests)
 
     def all_read(self) -> bool:
         """Whether the provider waits: every event of what it has sent was read."""
@@ -216,13 +216,11 @@ async def test_six_hundred_silent_streams(servers, provider, database):
 # ---- The end of a server ------------------------------------------------------------------------
 
 ITEMS = "SELECT json FROM rows WHERE kind = 'Item' AND parent = ? ORDER BY number"
-# The program, its variables and workers; the signal, and the exit code.
-CUSTOMISED, SERVED = client.SUPPORT / "customised.py", client.SUPPORT / "served.py"
-WAYS = {
-    "python main.py": (CUSTOMISED, {}, 1, signal.SIGTERM, -15),
-    "python main.py and Ctrl-C": (CUSTOMISED, {}, 1, signal.SIGINT, 0),
-    "uvicorn main:app": (SERVED, {"APP": "customised:app"}, 1, signal.SIGTERM, -15),
-    "uvicorn main:app --workers 2": (CUSTOMISED, {}, 2, signal.SIGTERM, 0),
+WAYS = {  # uvicorn's workers; the signal, and the exit code
+    "python main.py": (0, signal.SIGTERM, -15),
+    "python main.py and Ctrl-C": (0, signal.SIGINT, 0),
+    "uvicorn main:app": (1, signal.SIGTERM, -15),
+    "uvicorn main:app --workers 2": (2, signal.SIGTERM, 0),
 }
 
 
@@ -230,11 +228,11 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 async def test_told_to_stop_while_replies_stream(provider, tmp_path, way):
     """What was shown is stored, each client gets a last event, each turn has one log line."""
-    program, variables, workers, number, code = WAYS[way]
-    path = str(tmp_path / "chat.sqlite")
-    variables = {"PROVIDER": "openai", "DATABASE": path, "STOP_SECONDS": "1"} | variables
+    workers, number, code = WAYS[way]
+    path, program = str(tmp_path / "chat.sqlite"), client.SUPPORT / "customised.py"
+    variables = {"PROVIDER": "openai", "DATABASE": path, "STOP_SECONDS": "1"}
     environment = provider.environment() | variables
-    server = client.Server(tmp_path, environment, program, workers == 1, workers=workers).started()
+    server = client.Server(tmp_path, environment, program, workers < 2, workers=workers).started()
     provider.script["go"] = [[Thought("Hm. "), Text("one "), Silence()]]
     chats = [Chat(server.url) for _ in range(4)]
     readings = [Reading(chat.start("go")) for chat in chats]

@@ -39,7 +39,7 @@ async def test_a_thread_is_deleted_while_its_reply_streams(
         await until(lambda: len(provider.requests) == count)
         again(chat).get("threads.delete", thread_id=chat.thread_id)
         for request in provider.requests[1:]:
-            assert await asyncio.to_thread(request.closed.wait, 1)
+            assert await asyncio.to_thread(request.closed.wait, 5)
         assert "error" not in [event.type for event in await reading.end()]
         assert chat.thread_id not in chat.http.get("/debug/threads").json()
         silence.end.set()

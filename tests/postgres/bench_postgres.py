@@ -99,14 +99,14 @@ def first_delta(main, database) -> list[float]:
 
 def streams(main, database) -> list[float]:
     found = []
-    for workers in (1, 2):
+    for workers in (0, 2):
         with served(150, 50, workers, DATABASE_URL=database.schema()) as server:
             found.append(held(server))
             query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
             with database.connect() as connection:
                 connections = connection.execute(query).fetchone()[0] - 1
             each = [client.memory(server, pid) // 1024 for pid in client.processes(server)]
-            say(f"{workers} workers: {connections} connections, MiB of each process {each}")
+            say(f"{server.workers} workers: {connections} connections, MiB of each process {each}")
     return found
 
 

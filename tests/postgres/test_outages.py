@@ -96,13 +96,13 @@ def started(provider, tmp_path):
     """started(url): the recipe on that database, without waiting for it."""
     servers = []
 
-    def start(url: str, workers: int = 1, **options: float) -> Server:
+    def start(url: str, workers: int = 0, **options: float) -> Server:
         environment = {**provider.environment(), "PROVIDER": "openai", "DATABASE_URL": url}
         program = POSTGRES / "postgres_store.py"
         if options:
             program = POSTGRES / "served.py"
             environment["STORE_OPTIONS"] = json.dumps(options)
-        servers.append(Server(tmp_path, environment, program, workers == 1, workers=workers))
+        servers.append(Server(tmp_path, environment, program, workers == 0, workers=workers))
         return servers[-1]
 
     yield start
@@ -164,13 +164,13 @@ def test_a_malformed_url_stops_the_start(postgres_store, url):
     assert stop.value.__suppress_context__ or stop.value.__context__ is None
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_malformed_url_as_an_operator_sees_it(started, postgres_store, workers):
     """One line, not the URL. uvicorn ends, too, and does not start the workers again for ever."""
     server = started("postgresql+asyncpg://chat:secret@127.0.0.1/chat", workers)
     code = server.process.wait(60)
     server.reader.join(10)
-    if workers == 1:
+    if not workers:
         assert (code, server.log) == (1, [postgres_store.BAD_URL, "(end of log)"])
     else:
         log = "\n".join(server.log)

@@ -302,7 +302,7 @@ async def test_another_worker_deletes_a_thread(server, provider, chat, main):
         silence.end.set()
         error = error_of(await reading.end())
     assert (error.code, error.message) == ("custom", main.DELETED)
-    assert provider.requests[-1].closed.wait(1)
+    assert provider.requests[-1].closed.wait(5)
     for one in (chat, other):
         assert chat.thread_id not in one.http.get("/debug/threads").json()
 

@@ -117,7 +117,7 @@ async def test_leaving_between_two_chunks(main, provider):
 
     await asyncio.wait([asyncio.create_task(leave())])
     (request,) = provider.requests
-    assert await asyncio.to_thread(request.closed.wait, 1)
+    assert await asyncio.to_thread(request.closed.wait, 5)
 
 
 FIRST_CHAT = """

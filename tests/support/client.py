@@ -87,7 +87,7 @@ class Server:
     """`python backend/main.py`, or a `program`, in a folder and an environment of its own.
 
     With `fork`: a fork of a process that has done the imports (forked.py).
-    With `workers`: as many processes, which uvicorn starts from the program's `app`.
+    With `workers`: `uvicorn --workers` with the program's `app`.
     Without `login`, main.py keeps its own instead of that of the tests (users.py)."""
 
     def __init__(
@@ -97,17 +97,17 @@ class Server:
         program: Path | None = None,
         fork: bool = False,
         changes: dict[str, str] | None = None,
-        workers: int = 1,
+        workers: int = 0,
         login: bool = True,
     ):
         main = write_main(folder, (changes or {}) | ({START: LOGIN + START} if login else {}))
-        self.workers = workers
+        self.workers = workers or 1
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log: list[str] = []
         self.news = threading.Condition()
         command = [sys.executable, str(program or main)]
-        if workers > 1:
+        if workers:
             served = program or main
             command[1:] = ["-m", "uvicorn", f"{served.stem}:app", "--workers", str(workers)]
             command += ["--app-dir", str(served.parent), "--port", str(self.port)]
