@@ -34,8 +34,8 @@ NO_KEYS = dict.fromkeys([f"{name.upper()}_API_KEY" for name in PROVIDERS], "")
 NO_KEYS |= dict.fromkeys(["GEMINI_API_BASE", "OPENAI_BASE_URL", "ANTHROPIC_API_BASE"], "")
 
 # The environments of the servers that tests share. PROGRAM runs in main.py's place, WORKERS are
-# those of uvicorn, and ENV_FILE is what the .env file holds. `customised_` servers have the tools of support/customised.py. A name
-# with a slash is a provider and its model: servers("groq/llama-3.3-70b").
+# those of uvicorn, and ENV_FILE is what the .env file holds. `customised_` servers have the tools
+# of support/customised.py. A name with a slash is a provider and its model: servers("groq/llama").
 SERVERS = {
     **{name: {"PROVIDER": name} for name in PROVIDERS},
     # Hosting platforms set WEB_CONCURRENCY, and uvicorn would start workers.

@@ -25,12 +25,8 @@ BUDGET = {
 OWN = {"_threads", "_items", "_attachments"}  # of MemoryStore
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 LAYOUT = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
+    getattr(tokenize, name)
+    for name in ["COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"]
 }
 
 

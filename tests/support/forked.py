@@ -15,21 +15,13 @@ from unittest.mock import patch
 import uvicorn._subprocess
 
 SUPPORT = Path(__file__).resolve().parent
-IMPORTED = (  # by main.py, and by the libraries with their first request
-    "agents.extensions.models.litellm_model",
-    "anyio._backends._asyncio",
-    "chatkit.agents",
-    "chatkit.server",
-    "fastapi.security",
-    "httpcore",
-    "litellm",
-    "litellm._service_logger",
-    "litellm.litellm_core_utils.default_encoding",
-    "litellm.proxy._types",
-    "openai.resources.chat",
-    "uvicorn.protocols.http.h11_impl",
-    "uvicorn.protocols.websockets.auto",
-)
+# By main.py, and by the libraries with their first request.
+IMPORTED = """
+    agents.extensions.models.litellm_model anyio._backends._asyncio chatkit.agents chatkit.server
+    fastapi.security httpcore litellm litellm._service_logger litellm.proxy._types
+    litellm.litellm_core_utils.default_encoding openai.resources.chat
+    uvicorn.protocols.http.h11_impl uvicorn.protocols.websockets.auto
+"""
 COMPILED = ("Response", "ResponseOutputItemAddedEvent", "ResponseOutputItemDoneEvent")
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["forked"])
@@ -50,7 +42,7 @@ def warm_up() -> None:
 
 if os.environ.pop("IMPORT_ALL", ""):
     runpy.run_path(str(SUPPORT / "only_loopback" / "sitecustomize.py"))
-    for name in IMPORTED:
+    for name in IMPORTED.split():
         importlib.import_module(name)
     for name in COMPILED:  # pydantic does it with the first object, in 0.3 seconds
         getattr(importlib.import_module("openai.types.responses"), name).model_rebuild()
