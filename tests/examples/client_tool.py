@@ -1,8 +1,8 @@
-"""A tool that runs in the browser: the model asks for the user's local time.
+"""This recipe adds a tool that runs in the browser. With it, the model asks for the local time.
 
-Try it         make run APP=tests/examples/client_tool.py, and ask "What time is it?"
+With a key     make run APP=tests/examples/client_tool.py, then ask "What time is it?"
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k client_tool
-Change         the tool, and PAGE_OPTIONS: a page of your own answers in ChatKit's `onClientTool`
+Change         Replace the tool and PAGE_OPTIONS. Your own page answers in ChatKit's `onClientTool`.
 """
 
 from agents import RunContextWrapper, StopAtTools, function_tool

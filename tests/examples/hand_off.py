@@ -1,8 +1,8 @@
-"""A second agent, to which the first hands over what it knows better. It also answers what follows.
+"""This recipe adds a second agent. The first agent hands the chat over to it; it may hand it back.
 
-Try it         make run APP=tests/examples/hand_off.py, and write "My invoice is wrong."
+With a key     make run APP=tests/examples/hand_off.py, then write "My invoice is wrong."
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k hand_off
-Change         `billing`. Name every agent in AGENTS, also one behind `handoff(agent, ...)`.
+Change         Replace `billing`. List every agent in AGENTS, also one in `handoff(agent, ...)`.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
-"""Images from the composer: checked, kept on disk, shown in the chat, and told to the model.
+"""With this recipe, users send images. The server checks and keeps them. The model sees them.
 
-Try it         make run APP=tests/examples/images.py, and drop an image on the composer
-Without a key  the same with PROVIDER=mock: the image is kept and shown, the reply is canned
-Change         IMAGES is the folder, `images` by default. IMAGES_URL is the address at which users
-               reach /images, if a proxy stands before this server.
+With a key     make run APP=tests/examples/images.py, then drop an image on the composer
+Without a key  PROVIDER=mock make run APP=tests/examples/images.py (the reply is canned)
+Change         IMAGES names the folder; the default is `images`. Behind a proxy, set IMAGES_URL to
+               the address at which users reach /images. nginx needs client_max_body_size 4m.
 
-Only their user can send or delete them. Who knows the address of an image can look at it: a browser
-sends no token for an <img>.
+Other users can neither send nor delete an image. But anyone who knows its address can look at it: a
+browser sends no token for an <img>.
 """
 
 import base64

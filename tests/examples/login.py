@@ -1,18 +1,20 @@
-"""Your site's own login in place of CHATKIT_TOKENS: a JSON Web Token in a cookie.
+"""With this recipe, your site's own login replaces CHATKIT_TOKENS: a JSON Web Token in a cookie.
 
-Try it         export SESSION_SECRET=$(openssl rand -hex 32)
-               ALLOWED_ORIGINS=http://localhost:8000 make run APP=tests/examples/login.py
-               and log in as alice, in the browser's console, with what this prints:
+With a key     export SESSION_SECRET=$(openssl rand -hex 32) ALLOWED_ORIGINS=http://localhost:8000
                backend/.venv/bin/python -c 'import jwt, os, time; print("document.cookie =",
                    repr("session=" + jwt.encode({"sub": "alice", "exp": time.time() + 3600},
                    os.environ["SESSION_SECRET"])))'
-Without a key  the same with PROVIDER=mock in front of make
-Change         logged_in, for example to ask your own database of sessions
+               make run APP=tests/examples/login.py
+               Open http://localhost:8000/chatkit. Copy the line that the second command has
+               printed into the browser's console, and reload the page. You are now alice.
+Without a key  Do the same, but write PROVIDER=mock make run APP=tests/examples/login.py
+Change         Write your own `logged_in`: it may, for example, look the session up in a database.
 
-Your login sets the cookie `session`, with the attributes HttpOnly, Secure and SameSite=Lax. Its
-value is a token that SESSION_SECRET signs (HS256), with the user (`sub`, a string) and an end
-(`exp`). A page of another server sends the cookie if ChatKit's option `api.fetch` sets
-`credentials: "include"`. /docs stays open.
+Your login sets the cookie `session` with HttpOnly, Secure and SameSite=Lax. Its value is a token
+that SESSION_SECRET signs (HS256). The token has the user (`sub`, a string) and its end (`exp`). A
+page on another host of your site needs two things: a cookie with that site as its Domain, and
+`credentials: "include"` in ChatKit's option `api.fetch`. For pages of other sites, the cookie needs
+SameSite=None, and some browsers block such cookies. /docs stays open.
 """
 
 import os

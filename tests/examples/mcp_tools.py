@@ -1,9 +1,12 @@
-"""The tools of MCP servers, which are started and stopped with this one, and again if they end.
+"""With this recipe, the agent has the tools of MCP servers. It starts them, and again if they end.
 
-Try it         MCP_SERVER="uvx mcp-server-time" make run APP=tests/examples/mcp_tools.py
+With a key     MCP_SERVER="uvx mcp-server-time" make run APP=tests/examples/mcp_tools.py
+               This example needs uv: run pip install uv first.
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k mcp
-Change         MCP_SERVER is a command. Several have names: MCP_SERVER_TIME="uvx mcp-server-time".
-               For a server on the network, write MCPServerStreamableHttp for MCPServerStdio.
+Change         MCP_SERVER is the command that starts your server. For several servers, add names, as
+               in MCP_SERVER_TIME and MCP_SERVER_MAIL. For a server with a URL, replace
+               MCPServerStdio(...) by MCPServerStreamableHttp({"url": command}, True, name), and set
+               MCP_SERVER to the URL.
 """
 
 import asyncio

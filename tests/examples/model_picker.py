@@ -1,9 +1,10 @@
-"""A model picker in the composer; a message may also name a tool that the agent must use first.
+"""With this recipe, users choose a model in the composer. A message may also name a tool to use.
 
-Try it         export MODELS=gpt-4o-mini,anthropic/claude-sonnet-4-6
+With a key     export MODELS=openai/gpt-4o-mini,anthropic/claude-sonnet-4-6
                make run APP=tests/examples/model_picker.py
-Without a key  the same with PROVIDER=mock: the picker is there, and each model says the same
-Change         MODELS. A name without a slash is a model of PROVIDER.
+Without a key  PROVIDER=mock MODELS=openai/gpt-4o-mini make run APP=tests/examples/model_picker.py
+Change         Set MODELS to names of LiteLLM, with the provider, and set the key of each provider.
+               A name without a slash is a model of PROVIDER.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Replies that cite your documents: each [1] in a reply becomes a source in the chat.
+"""With this recipe, replies cite your documents: each [1] in a reply becomes a source in the chat.
 
-Try it         make run APP=tests/examples/sources.py, and ask "How long can I return goods?"
+With a key     make run APP=tests/examples/sources.py, then ask "How long can I return goods?"
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k sources
-Change         DOCUMENTS and `search`
+Change         Put your own documents into DOCUMENTS, or your own search into `search`.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""A second Store, on SQLite: proof that the contract can be kept by a database.
+"""This recipe stores the chats in SQLite, in one file, for one server process.
 
-Try it         make run APP=tests/examples/sqlite_store.py; after a new start, the chats are there
-Without a key  the same with PROVIDER=mock
-Change         DATABASE is the file, chat.sqlite by default. A file of yours that imports this one
-               writes main.server.store = SQLiteStore("chat.sqlite")
+With a key     make run APP=tests/examples/sqlite_store.py (a restart keeps the chats)
+Without a key  PROVIDER=mock make run APP=tests/examples/sqlite_store.py
+Change         DATABASE names the file; the default is chat.sqlite. If a file of yours imports this
+               one, it must set main.server.store = SQLiteStore("chat.sqlite").
 """
 
 import sqlite3

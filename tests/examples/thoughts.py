@@ -1,12 +1,11 @@
-"""The model thinks before it answers, and the chat shows its thoughts.
+"""With this recipe, the model thinks before it answers, and the chat shows its thoughts.
 
-Try it         make run APP=tests/examples/thoughts.py
+With a key     make run APP=tests/examples/thoughts.py
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k thoughts
-Change         the effort: "minimal", "low", "medium" or "high"
+Change         Set the effort to "minimal", "low", "medium" or "high".
 
-The model must be able to think: Gemini's and Anthropic's default models are, OpenAI's needs for
-example MODEL=gpt-5. OpenAI keeps the thoughts to itself; servers with OpenAI's API, like vLLM, tell
-them.
+The model must be able to think. The default models of Gemini and Anthropic can. For OpenAI, set
+MODEL=gpt-5, for example. OpenAI does not send the thoughts; servers with its API, like vLLM, do.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""Titles by the model in place of the first message's words, without a turn that waits for them.
+"""With this recipe, the model writes each thread's title. The reply does not wait for the title.
 
-Try it         make run APP=tests/examples/titles.py, and send a message
+With a key     make run APP=tests/examples/titles.py, then send a message
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k title
-Change         the instructions of `writer`; model="openai/gpt-4o-mini" there for a cheaper model
+Change         Give `writer` other instructions, or a cheaper model: model="openai/gpt-4o-mini".
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""A tool that shows its progress and a widget, and a button in the widget that does something.
+"""This recipe adds a tool that shows its progress and a widget. Its button books a table.
 
-Try it         make run APP=tests/examples/widget.py, and write "A table for four, please."
+With a key     make run APP=tests/examples/widget.py, then write "A table for four, please."
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k widget
-Change         CARD, Booking, `find_table` and what `book` does
+Change         Write your own CARD, Booking, `find_table` and `book`.
 """
 
 from datetime import datetime

@@ -1,39 +1,41 @@
-"""The chat server with its threads in PostgreSQL 13 or newer, served by one process or by several.
+"""This recipe stores the threads in PostgreSQL 13 or newer, for one server process or for several.
 
-Try it, on an existing database, with a key and without:
+You need an existing database. Start the server with a key, or without one:
 
     backend/.venv/bin/python -m pip install -r tests/postgres/requirements.txt
     export DATABASE_URL=postgresql://user:password@localhost:5432/chat
     GEMINI_API_KEY=... make run APP=tests/postgres/postgres_store.py
     PROVIDER=mock make run APP=tests/postgres/postgres_store.py
 
-With four processes, which are called workers:
+This starts four processes. uvicorn calls them workers:
 
     PYTHONPATH=backend backend/.venv/bin/uvicorn --app-dir tests/postgres postgres_store:app \\
         --workers 4 --host 0.0.0.0 --port 8000
 
 In a file of your own, write `import postgres_store` below `import main`, and add this folder to
-PYTHONPATH (make run does it). Importing this file is enough: it gives the server a store on
-DATABASE_URL. For workers, your file needs `app = main.app`.
+PYTHONPATH (make run does it). The import gives the server a store on DATABASE_URL. For workers,
+your file needs `app = main.app`.
 
-What to change: the arguments of PostgresStore in the last lines, and PAGE_BYTES.
+Change the arguments of PostgresStore in the last lines, and PAGE_BYTES.
 
-Rights   The store creates its three tables when it starts. If its role may not, this prints their
+Rights   The store creates its three tables when it starts. If its role may not do this, print the
          SQL: PYTHONPATH=backend backend/.venv/bin/python tests/postgres/postgres_store.py --schema
-         Run it as another role. Then grant SELECT, INSERT, UPDATE and DELETE on the tables.
-Workers  Any worker can continue any thread, so sticky sessions are not needed. If one is killed,
-         the unfinished part of its replies is lost; uvicorn starts another one, and the threads go
-         on. A retry stops the reply that it repeats if the same worker streams it; otherwise both
-         replies are stored.
-Poolers  PgBouncer and others may stand before the database, in transaction mode, too. Each method
-         sends one statement, which is one transaction, and nothing is prepared or kept in the
-         session.
-Outages  While the database cannot be used, requests get a 503, and replies end with an error, after
-         `timeout` seconds at the latest. Both say UNAVAILABLE. The log has the cause, without the
-         password. GET /health answers. The first request afterwards works, without a restart.
-         A statement that fails is sent once more, on a new connection: the database may have
-         restarted, or another server may be the primary now. If DATABASE_URL names both, it is
-         found: postgresql://user:password@one,two/chat?target_session_attrs=read-write
+         Run the SQL as another role. Then grant the store's role SELECT, INSERT, UPDATE and DELETE
+         on the tables.
+Workers  Any worker can continue any thread, so sticky sessions are not needed. If a worker is
+         killed, the unfinished part of its replies is lost. uvicorn starts another worker, and the
+         threads go on. If a user retries a reply while it streams, and another worker gets the
+         retry, both replies are stored.
+Poolers  You can put PgBouncer or another pooler in front of the database, in transaction mode, too.
+         Each method sends one statement, which is one transaction. It prepares nothing, and keeps
+         nothing in the session.
+Outages  While the database cannot be used, requests get a 503, and replies end with an error.
+         Both come after `timeout` seconds at the latest, and both say UNAVAILABLE. The log has the
+         cause, without the password. GET /health still answers. When the database is back, the
+         first request works, without a restart of the server.
+         The store sends a statement that fails once more, on a new connection. So it also finds the
+         new primary server after a failover, if DATABASE_URL names both servers:
+         postgresql://user:password@one,two/chat?target_session_attrs=read-write
          If DATABASE_URL is malformed, the start fails with one line, and uvicorn ends, too.
 Figures  Of `make bench-postgres` on two slow cores, which the database, the provider and the client
          shared, 2026-11-28. 25 streams at 50 deltas/s have a p95 delay under 100 ms, with one
@@ -42,8 +44,8 @@ Figures  Of `make bench-postgres` on two slow cores, which the database, the pro
          The first delta comes after 18 ms, 13 in memory. A page of 20 rows takes as long with
          100,000 rows as with 100. A message and its reply are 7 statements: load the thread twice,
          add the message, read three pages, add the reply. A step with tool calls is one more.
-Growth   When one database is too small, use one for each group of users: every statement names the
-         owner. Or use an engine with the same protocol that spreads over machines; none was tested.
+Growth   If one database is too small, use one for each group of users: every statement names the
+         owner. A distributed database with PostgreSQL's protocol may work, too; none was tested.
 
 `make test-postgres` tests all this, on a database of its own or on that of DATABASE_URL.
 """
