@@ -4,9 +4,9 @@ With a key     MCP_SERVER="uvx mcp-server-time" make run APP=tests/examples/mcp_
                This example needs uv: run pip install uv first.
 Without a key  backend/.venv/bin/python -m pytest tests/test_examples.py -k mcp
 Change         MCP_SERVER is the command that starts your server. For several servers, add names, as
-               in MCP_SERVER_TIME and MCP_SERVER_MAIL. For a server with a URL, replace
-               MCPServerStdio(...) by MCPServerStreamableHttp({"url": command}, True, name), and set
-               MCP_SERVER to the URL.
+               in MCP_SERVER_TIME and MCP_SERVER_MAIL. If your server has a URL, set MCP_SERVER to
+               it, import MCPServerStreamableHttp in place of MCPServerStdio, and write
+               MCPServerStreamableHttp({"url": command}, True, name).
 """
 
 import asyncio

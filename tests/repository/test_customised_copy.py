@@ -10,7 +10,7 @@ import pytest
 
 from client import ROOT
 
-# Tests with parameters run with the other providers: these read the same values of main.py.
+# The copy's run leaves these providers out: their tests read the same values as those of others.
 OMITTED = "anthropic or groq or hosted_vllm or ollama or openrouter"
 # Each is a part of a file and what replaces it. " ... " is everything up to what follows it.
 CHANGES = {
