@@ -48,7 +48,7 @@ for agent in AGENTS:
         for other in agent.handoffs
     ]
     for tool in {tool for tool in tools if tools.count(tool) > 1}:
-        main.logger.warning("Two agents have one tool name, and one is never reached: %s", tool)
+        main.logger.warning("Two agents have one tool name, so no message is answered: %s", tool)
 
 main.server.agent_for = last_agent  # type: ignore[method-assign]
 

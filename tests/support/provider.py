@@ -172,7 +172,6 @@ class Gemini(Format):
         image     400 INVALID_ARGUMENT Unable to process input image. Please retry.
         day       429 RESOURCE_EXHAUSTED GenerateRequestsPerDay, limit: 0
         minute    429 RESOURCE_EXHAUSTED GenerateRequestsPerMinute "retryDelay": "34s"
-        calling   400 INVALID_ARGUMENT Function calling is not enabled for models/x
     """)
     usage: ClassVar = {"promptTokenCount": 7, "candidatesTokenCount": 3, "totalTokenCount": 10}
     about: ClassVar = {"usageMetadata": usage, "modelVersion": "gemini"}
@@ -267,9 +266,6 @@ class OpenAI(Format):
         server    503 - The server is overloaded or not ready yet.
         no-tools  404 - No endpoints found that support tool use.
         calling   400 - gemma:2b does not support tools
-        parser    400 - "auto" tool choice requires --enable-auto-tool-choice and a parser
-        parameter 400 unsupported_value Unsupported value: 'temperature' does not support 0.2
-        schema    400 invalid_function_parameters Invalid schema for function 'clock'
         data-policy 404 - No endpoints found matching your data policy
         deployment 404 DeploymentNotFound The API deployment for this resource does not exist.
         access    403 AccessDenied Access denied due to Virtual Network rules.
@@ -366,7 +362,6 @@ class Anthropic(Format):
         policy     400 invalid_request_error Output blocked by content filtering policy
         image      400 invalid_request_error Could not process image
         image-size 413 request_too_large Request exceeds the maximum size
-        schema     400 invalid_request_error tools.0.custom.input_schema: JSON schema is invalid
         server     529 overloaded_error Overloaded
     """)
     about: ClassVar = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude"}
