@@ -246,12 +246,14 @@ async def test_a_database_that_falls_silent(database, started, provider):
 
 async def test_a_pool_that_is_too_small(database, postgres_store):
     """The cause says so: the database itself is well."""
-    store = postgres_store.PostgresStore(database.schema(), max_size=1, timeout=0.1)
+    store = postgres_store.PostgresStore(database.schema(), max_size=1)
     await store.free.acquire()
+    usual, store.timeout = store.timeout, 0.1
     with pytest.raises(postgres_store.DatabaseUnavailable) as raised:
         await store.load_threads(1, None, "asc", {})
     assert str(raised.value.__cause__) == "all 1 connections are busy"
     store.free.release()
+    store.timeout = usual
     assert (await store.load_threads(1, None, "asc", {})).data == []
     await store.close()
 
