@@ -48,7 +48,7 @@ def test_every_command_is_tested():
 def copy(tmp_path_factory):
     """The repository's files, with this virtual environment and the README's code in its places."""
     folder = tmp_path_factory.mktemp("copy") / "of it"
-    skipped = shutil.ignore_patterns(".git", ".venv*", ".lock", ".*_cache", "__pycache__", ".env")
+    skipped = shutil.ignore_patterns(".git", ".venv*", ".lock", "*cache*", ".env", "*.sqlite")
     shutil.copytree(ROOT, folder, ignore=skipped)
     (folder / "backend" / ".venv").symlink_to(sys.prefix)
     for path in folder.rglob("*s.txt"):  # make has nothing to install
