@@ -6,7 +6,7 @@ Change         IMAGES names the folder; the default is `images`. Behind a proxy,
                the address at which users reach /images. nginx needs client_max_body_size 4m.
 
 Other users can neither send nor delete an image. But anyone who knows its address can look at it: a
-browser sends no token for an <img>.
+browser sends no token for an <img>. The images of a deleted thread stay in the folder.
 """
 
 import base64
