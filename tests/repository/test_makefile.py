@@ -1,9 +1,10 @@
-"""make, and the versions in backend/constraints.txt."""
+"""make, the versions in backend/constraints.txt, and the models that MODEL=auto selects."""
 
 import re
 import shutil
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 
@@ -11,7 +12,6 @@ from client import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYTHONS = re.search(r"^PYTHONS := (.+)$", MAKEFILE, re.M)[1]
-
 
 # The Pythons on PATH with their versions, what is given to make, and a part of what it prints.
 FOUND = {
@@ -92,3 +92,13 @@ def test_the_requirements_satisfy_the_template():
     assert numbers.pop("openai-agents") >= (0, 6, 2) and numbers.pop("litellm")
     template = {"fastapi": (0, 115, 6), "uvicorn": (0, 32, 1), "python-dotenv": (1, 0, 1)}
     assert numbers == template
+
+
+def test_the_default_models_are_alive(main):
+    """In LiteLLM's own map, and not past their deprecation date."""
+    known = main.litellm.model_cost
+    for name in {*main.DEFAULT_MODELS} - {"mock"}:
+        model = main.litellm_name(name, "auto")
+        entry = known.get(model) or known[model.partition("/")[2]]
+        assert entry["litellm_provider"] == name and entry.get("supports_system_messages", True)
+        assert entry.get("deprecation_date", "9999") > date.today().isoformat()
