@@ -126,16 +126,12 @@ def servers(request, provider, database, tmp_path_factory):
     """servers(name): the server of that name in SERVERS, started."""
     running: dict[str, Server] = {}
 
-    def settings_of(name: str) -> dict[str, str]:
-        if name in SERVERS:
-            return provider.environment() | SERVERS[name]
-        chosen, _, model = name.partition("/")
-        key = {f"{chosen.upper()}_API_KEY": f"{chosen}-key-0123456789\n"}  # as from a file
-        return provider.environment() | {"PROVIDER": chosen, "MODEL": model} | key
-
     def launched(name: str) -> Server:
         folder = tmp_path_factory.mktemp(name.replace("/", "-"))
-        environment = settings_of(name)
+        chosen, _, model = name.partition("/")
+        key = {f"{chosen.upper()}_API_KEY": f"{chosen}-key-0123456789\n"}  # as from a file
+        settings = SERVERS.get(name) or {"PROVIDER": chosen, "MODEL": model} | key
+        environment = provider.environment() | settings
         if "ENV_FILE" in environment:
             (folder / ".env").write_text(environment.pop("ENV_FILE"))
         if database and name in ON_POSTGRES:

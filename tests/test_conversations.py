@@ -95,12 +95,8 @@ def hide(chat: Chat, text: str) -> None:
 STOPPED = "It may have been carried out."  # the end of main.STOPPED_CALL
 CANCELLED = "The user cancelled the stream."  # chatkit's note
 SHOWN = "the card was shown"
-THOUGHT, SO, BUSY, FINE = (
-    Thought("I must think."),
-    Text("So."),
-    [Failure("server")],
-    [Text("Fine.")],
-)
+THOUGHT, SO = Thought("I must think."), Text("So.")
+BUSY, FINE = [Failure("server")], [Text("Fine.")]
 CITIES = ("Oslo", "Rome", "Paris")
 OSLO, ROME, PARIS = (ToolCall("stock", {"city": city}) for city in CITIES)
 IN_OSLO, IN_ROME, IN_PARIS = (f"{city}: A=4711" for city in CITIES)
@@ -253,12 +249,11 @@ def test_another_provider_in_between(server, chat, provider, route, other):
 
 # ---- What a provider refuses is not told again ----------------------------------
 
-REFUSED = [("openai", Failure("policy")), ("anthropic", Failure("image"))]
-REFUSED += [("gemini", Finish("prompt"))]
+STEPS = {"openai": Failure("policy"), "anthropic": Failure("image"), "gemini": Finish("prompt")}
 
 
 @pytest.mark.parametrize("tool", [OSLO, RED], ids=["a tool", "a client tool"])
-@pytest.mark.parametrize(("route", "step"), REFUSED, ids=str)
+@pytest.mark.parametrize(("route", "step"), STEPS.items(), ids=str)
 def test_a_refused_message(main, server, chat, provider, route, step, tool):
     """It is left out, with its calls, until it is tried again."""
     provider.script["bad words"] = [[THOUGHT, tool], [step], [Text("Never mind.")]]
