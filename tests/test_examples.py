@@ -21,6 +21,7 @@ from client import (
     SUPPORT,
     Chat,
     Server,
+    again,
     changed,
     done,
     error_of,
@@ -29,19 +30,12 @@ from client import (
     message,
     processes,
     text_of,
+    texts,
     until,
 )
 from conftest import MODELS
 from provider import Failure, Pause, Silence, Text, Thought, ToolCall
 from test_memory import conversation, pair, told
-
-
-def texts(events: list) -> list[str]:
-    return [text_of(item) for item in done(events)]
-
-
-def title(chat: Chat) -> str:
-    return chat.get("threads.get_by_id", thread_id=chat.thread_id)["title"]
 
 
 def choosing(model: str | None = None, tool: str | None = None) -> dict:
@@ -418,14 +412,13 @@ def test_a_hand_off_that_does_not_end_well(recipe, provider):
     provider.script["stop"] = [*handed_off, [Text("We"), Silence()]]
     stream = stopped.start("stop")
     next(event for event in stream if '"We"' in event.model_dump_json())
-    again = Chat(server.url, thread_id=stopped.thread_id)
-    again.get("threads.update", thread_id=stopped.thread_id, title="Mine")
+    again(stopped).get("threads.update", thread_id=stopped.thread_id, title="Mine")
     stream.close()
     server.wait_for(f"thread={stopped.thread_id} ")
     for chat in (failed, stopped):
         chat.say("and now?")
         assert instructions(provider)[-1] == "Refunds"
-    assert title(stopped) == "Mine"
+    assert stopped.thread()["title"] == "Mine"
 
 
 # ---- A login ------------------------------------------------------------------------------------
@@ -494,7 +487,7 @@ async def test_a_title_by_the_model(recipe, provider):
     early = Chat(server.url)
     events = leave(early.start("hello"), '"A greeting"')
     titles = [event.thread.title for event in events if event.type == "thread.updated"]
-    assert titles == ["hello", "A greeting"] and title(early) == "A greeting"
+    assert titles == ["hello", "A greeting"] and early.thread()["title"] == "A greeting"
     (asked,) = [seen for seen in provider.requests if seen.message != "hello"]
     assert asked.messages == [("user", "The chat starts with: hello")]
     assert asked.format.instructions(asked.body).startswith("Write a title of at most five words")
@@ -505,12 +498,12 @@ async def test_a_title_by_the_model(recipe, provider):
         silence = Silence()
         provider.script[f"The chat starts with: {words}"] = [[silence, Text("A number")]]
         assert texts(chat.say(words)) == [f"You said: {words}"]
-        assert title(chat) == words
+        assert chat.thread()["title"] == words
         if chat is renamed:
             chat.get("threads.update", thread_id=chat.thread_id, title="mine")
         silence.end.set()
-    await until(lambda: title(late) == "A number")
-    assert title(renamed) == "mine"
+    await until(lambda: late.thread()["title"] == "A number")
+    assert renamed.thread()["title"] == "mine"
 
     # An error leaves the first words, and one line in the log. A second message asks for no title.
     provider.script["The chat starts with: three"] = [[Failure("key")]]
@@ -521,4 +514,5 @@ async def test_a_title_by_the_model(recipe, provider):
     assert line.startswith(f"WARNING:  No title for {failed.thread_id}: AuthenticationError 401")
     provider.requests.clear()
     failed.say("four")
-    assert [seen.message for seen in provider.requests] == ["four"] and title(failed) == "three"
+    assert [seen.message for seen in provider.requests] == ["four"]
+    assert failed.thread()["title"] == "three"

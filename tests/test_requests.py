@@ -322,7 +322,7 @@ def test_each_user_has_threads_of_their_own(users, alice):
             assert chat.thread_id in known and other.thread_id not in known
     asked, reply = (item["id"] for item in alice.items())
     thread = {"thread_id": alice.thread_id}
-    before = alice.debug(), alice.get("threads.get_by_id", **thread)
+    before = alice.debug(), alice.thread()
     for type, params in (
         ("threads.get_by_id", thread),
         ("threads.update", {**thread, "title": "stolen"}),
@@ -338,7 +338,7 @@ def test_each_user_has_threads_of_their_own(users, alice):
     ):
         response = bob.post(type, **params)
         assert (response.status_code, "not found" in response.text) == (404, True), type
-    assert (alice.debug(), alice.get("threads.get_by_id", **thread)) == before
+    assert (alice.debug(), alice.thread()) == before
 
 
 def test_nobody_forges_what_the_application_says(servers, provider):

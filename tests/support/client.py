@@ -251,6 +251,9 @@ class Chat:
             found += page["data"]
         return found
 
+    def thread(self) -> dict:
+        return self.get("threads.get_by_id", thread_id=self.thread_id)
+
     def debug(self) -> list[dict]:
         """All stored items in /debug/threads' shape, hidden ones too."""
         return self.http.get("/debug/threads").json()[self.thread_id]["items"]
@@ -273,6 +276,11 @@ def done(events: list, type: str = "assistant_message") -> list:
 def text_of(item) -> str:
     content = item["content"] if isinstance(item, dict) else item.model_dump()["content"]
     return "".join(part["text"] for part in content)
+
+
+def texts(events: list) -> list[str]:
+    """The texts of the messages that the stream completed."""
+    return [text_of(item) for item in done(events)]
 
 
 def items_shown(events: list) -> list[dict]:
@@ -348,7 +356,7 @@ class Reading:
 def leave(stream, text: str, gates: dict | None = None) -> list:
     """Read a stream until an event holds the text, and leave. Return the events.
 
-    `gates` are {text: Silence}: the provider goes on when an event that holds the text was read.
+    `gates` are {text: Silence}: when an event holds the text, the provider goes on.
     """
     events = []
     for event in stream:
@@ -368,10 +376,7 @@ def again(chat: Chat) -> Chat:
 
 
 async def deltas(url: str, texts: list[str], enough: int | None = None) -> list[list[tuple]]:
-    """Chats at once: the deltas of each, with the times at which they came.
-
-    With `enough`, each client leaves after so many of them.
-    """
+    """Chats at once: each one's deltas, `enough` at most, with the times at which they came."""
 
     async def one(http: httpx.AsyncClient, text: str) -> list[tuple[str, float]]:
         body = {"type": "threads.create", "params": {"input": message(text)}}
@@ -395,10 +400,7 @@ async def many(url: str, texts: list[str]) -> list[str]:
 
 
 class Local:
-    """main.py's server in this process, with one thread: for what HTTP does not show.
-
-    `model` is LiteLLM's name. Without a provider the reply is canned.
-    """
+    """main.py's server in this process, with one thread. Without a provider the reply is canned."""
 
     def __init__(self, main, provider=None, store=None, model: str = "", **agent):
         self.server = main.ChatKitServerImpl(store or main.MemoryStore())
