@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from agents import ModelSettings, ModelTracing
 
-from client import Chat, done, error_of, load_main, text_of
+from client import Chat, error_of, leave, load_main, text_of, texts
 from conftest import PROVIDERS
 from provider import (
     Anthropic,
@@ -34,18 +34,11 @@ from provider import (
 # The servers, whose answers LiteLLM reads with code of its own, and the formats of their providers.
 OLLAMA, OPENROUTER = "ollama_chat/llama3.2", "openrouter/qwen/qwen3-235b"
 GROQ = "groq/llama-3.3-70b-versatile"
-FORMATS = {
-    "gemini": Gemini,
-    "openai": OpenAI,
-    "anthropic": Anthropic,
-    OLLAMA: Ollama,
-    OPENROUTER: OpenAI,
-    GROQ: OpenAI,
-    "mistral/mistral-large-latest": OpenAI,
-    "hosted_vllm/meta-llama/Llama-3.1-8B-Instruct": OpenAI,
-}
+MISTRAL, VLLM = "mistral/mistral-large-latest", "hosted_vllm/meta-llama/Llama-3.1-8B-Instruct"
+COMPATIBLE = ("openai", OPENROUTER, GROQ, MISTRAL, VLLM)
+FORMATS = {"gemini": Gemini, "anthropic": Anthropic, OLLAMA: Ollama}
+FORMATS |= dict.fromkeys(COMPATIBLE, OpenAI)
 ALL = tuple(FORMATS)
-COMPATIBLE = tuple(wire for wire in ALL if FORMATS[wire] is OpenAI)
 LATER = {"Retry-After": "60"}  # so that the provider is not asked again at once
 TRY_AGAIN = ("RATE_LIMIT", "UNAVAILABLE", "NOT_UNDERSTOOD", "EMPTY_REPLY", "CUT_OFF")
 
@@ -69,7 +62,7 @@ def end_of_gemini(reason: str) -> Raw:
 
 def refusal(message: str, **error) -> list:
     body = {"type": "error", "error": {"message": message, **error}}
-    return [Body([body], 400, "application/json")]
+    return [Body(body, 400)]
 
 
 USAGE = Raw(sse({"usageMetadata": Gemini.usage}))
@@ -120,7 +113,7 @@ CASES = {
     ),
     "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
-    "no byte": Case([Body([b""])], "NOT_UNDERSTOOD", ALL),
+    "no byte": Case([Body(b"")], "NOT_UNDERSTOOD", ALL),
     "no text": Case([Finish()], "EMPTY_REPLY"),
     "only thoughts": Case([Thought("Hm."), Finish()], "EMPTY_REPLY"),
     "no tokens left": Case([Finish("length")], "EMPTY_REPLY"),
@@ -223,7 +216,7 @@ def test_what_a_provider_answers(main, servers, provider, name, wire):
     assert [text_of(item) for item in messages] == [case.kept] * bool(case.kept)
     shown = [event.item.id for event in events if event.type == "thread.item.added"]
     assert [item["id"] for item in replies] == shown
-    assert [text_of(item) for item in done(chat.say("and on"))] == ["You said: and on"]
+    assert texts(chat.say("and on")) == ["You said: and on"]
     # Only a message that was refused for what it holds is left out.
     is_refused = case.error in ("FILTERED", "REFUSED_MESSAGE", "TOO_LONG") and not case.kept
     assert ("please" in str(provider.requests[-1].messages)) == (not is_refused)
@@ -242,6 +235,7 @@ def test_silence(main, servers, provider):
     for (chat, text), events in zip(chats, replies, strict=True):
         error = error_of(events)
         assert (error.message, error.allow_retry) == (main.TIMED_OUT.message, True)
+        assert [event.type for event in events].count("progress_update") > 1
         assert text_of(chat.items()[-1]) == {"later": "The first half"}.get(text, text)
     assert len(provider.requests) == len(chats)  # a timeout is not tried again
     for request in provider.requests:
@@ -269,12 +263,8 @@ def test_heartbeats_while_the_model_is_silent(servers, provider):
     """Proxies close idle streams, so a progress_update is sent as a heartbeat."""
     silence = Silence()
     provider.script["think hard"] = [[Text("Well, "), silence, Text("yes.")]]
-    events = []
-    for event in Chat(servers("customised_openai").url).start("think hard"):
-        events.append(event)
-        if [event.type for event in events].count("progress_update") == 2:
-            silence.end.set()
-    assert [text_of(item) for item in done(events)] == ["Well, yes."]
+    stream = Chat(servers("customised_openai").url).start("think hard")
+    assert texts(leave(stream, "nothing", {"progress_update": silence})) == ["Well, yes."]
 
 
 # ---- Which error it is
@@ -286,29 +276,22 @@ class Refused(Exception):  # as the libraries of providers raise it
         self.status_code, self.body = status_code, body
 
 
-def raised(errors: list[Exception], cause: bool) -> Exception:
-    """The last of the errors, raised because of the one before or while it was handled."""
-    for earlier, later in pairwise(errors):
-        later.__cause__, later.__context__ = (earlier, None) if cause else (None, earlier)
-    return errors[-1]
-
-
 CHAINS = [  # the innermost error first
-    ("RATE_LIMIT", lambda: [Refused(429)]),
-    ("RATE_LIMIT", lambda: [Refused(429), ValueError(), RuntimeError()]),
-    ("TIMED_OUT", lambda: [TimeoutError(), ValueError(), RuntimeError()]),
+    ("RATE_LIMIT", [Refused(429)]),
+    ("RATE_LIMIT", [Refused(429), ValueError(), RuntimeError()]),
+    ("TIMED_OUT", [TimeoutError(), ValueError(), RuntimeError()]),
     # The innermost status is the provider's own: LiteLLM may have made up the outer one.
-    ("403", lambda: [Refused(403), Refused(429)]),
-    ("RATE_LIMIT", lambda: [Refused(429), Refused(403)]),
-    ("RATE_LIMIT", lambda: [Refused(429), RuntimeError("node 40301 is busy")]),
-    ("USED_UP", lambda: [Refused(429, body="insufficient_quota"), Refused(500)]),
-    ("TIMED_OUT", lambda: [Refused(408)]),
-    ("UNAVAILABLE", lambda: [Refused(599)]),
-    ("UNAVAILABLE", lambda: [OSError()]),
-    ("CUT_OFF", lambda: [ConnectionResetError(), OSError()]),
-    ("SETUP", lambda: [TypeError()]),
-    ("", lambda: [RuntimeError("429")]),
-    ("", lambda: [RuntimeError("one"), RuntimeError("two")] * 2),  # a circle
+    ("403", [Refused(403), Refused(429)]),
+    ("RATE_LIMIT", [Refused(429), Refused(403)]),
+    ("RATE_LIMIT", [Refused(429), RuntimeError("node 40301 is busy")]),
+    ("USED_UP", [Refused(429, body="insufficient_quota"), Refused(500)]),
+    ("TIMED_OUT", [Refused(408)]),
+    ("UNAVAILABLE", [Refused(599)]),
+    ("UNAVAILABLE", [OSError()]),
+    ("CUT_OFF", [ConnectionResetError(), OSError()]),
+    ("SETUP", [TypeError()]),
+    ("", [RuntimeError("429")]),
+    ("", [RuntimeError("one"), RuntimeError("two")] * 2),  # a circle
 ]
 
 
@@ -351,10 +334,11 @@ def test_the_words_of_single_providers(main, line):
 @pytest.mark.parametrize("cause", [True, False], ids=["cause", "context"])
 @pytest.mark.parametrize(("name", "errors"), CHAINS)
 def test_a_status_or_a_class_inside_of_another_error(main, name, errors, cause):
-    """It is found at any depth."""
-    error = raised(errors(), cause)
-    found = main.chat_error_for(error, main.model)
-    assert (found.kind.message == message_of(main, name)) if name else found is error
+    """Each was raised because of the one before, or while that was handled."""
+    for earlier, later in pairwise(errors):
+        later.__cause__, later.__context__ = (earlier, None) if cause else (None, earlier)
+    found = main.chat_error_for(errors[-1], main.model)
+    assert (found.kind.message == message_of(main, name)) if name else found is errors[-1]
 
 
 def test_secrets_are_masked(main, monkeypatch):
@@ -370,29 +354,15 @@ def test_secrets_are_masked(main, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "key"),
-    [
-        ({"PROVIDER": "gemini"}, "GEMINI_API_KEY"),
-        # LiteLLM prefers it to GEMINI_API_KEY.
-        ({"PROVIDER": "gemini", "GOOGLE_API_KEY": "x"}, "the credentials for gemini"),
-        ({"PROVIDER": "together_ai", "MODEL": "m"}, "the credentials for together_ai"),
-    ],
-    ids=str,
+    ("name", "more"), [("gemini", {"GOOGLE_API_KEY": "x"}), ("together_ai", {"MODEL": "m"})]
 )
-def test_the_key_that_an_error_names(tmp_path, environment, key):
-    main = load_main(tmp_path, environment)
-    assert key in main.ChatError(main.NO_KEY, main.model).message
+def test_no_key_is_named_if_another_may_count(tmp_path, name, more):
+    """LiteLLM prefers GOOGLE_API_KEY to GEMINI_API_KEY; of other providers it knows more names."""
+    main = load_main(tmp_path, {"PROVIDER": name, **more})
+    assert f"the credentials for {name}" in main.ChatError(main.NO_KEY, main.model).message
 
 
-# ---- Tools, and what single providers need
-
-
-def test_a_reply_may_end_in_silence_after_a_tool(custom_chat, provider):
-    """Claude and Gemini may say nothing more. What came before is the reply."""
-    provider.script["look"] = [[Text("Looking. "), ToolCall("clock")], [Finish()]]
-    events = custom_chat.say("look")
-    assert "error" not in [event.type for event in events]
-    assert [text_of(item) for item in done(events)] == ["Looking. "]
+# ---- What single providers need
 
 
 @pytest.mark.parametrize("wire", [wire for wire in ALL if wire != "anthropic"])
@@ -405,7 +375,7 @@ def test_tokens_that_the_provider_does_not_report(servers, provider, wire):
     provider.script["please"] = [[Raw(pieces)]]
     server = servers(wire)
     chat = Chat(server.url)
-    assert [text_of(item) for item in done(chat.say("please"))] == ["The first "]
+    assert texts(chat.say("please")) == ["The first "]
     line = server.wait_for(f"thread={chat.thread_id} ").split(chat.thread_id)[1].split("\n")[0]
     assert line.endswith("input_tokens=- output_tokens=-")
 
@@ -418,10 +388,9 @@ def test_an_id_that_begins_like_a_prefix(servers, provider):
 def test_a_model_of_the_responses_api(servers, provider):
     """LiteLLM needs mcp 2.2 for it, which no Python 3.14 can install with this FastAPI."""
     server = servers("openai/gpt-5-codex")
-    chat = Chat(server.url)
-    events = chat.say("hello")
+    events = Chat(server.url).say("hello")
     if version("mcp") >= "2.2":
-        assert [text_of(item) for item in done(events)] == ["You said: hello"]
+        assert texts(events) == ["You said: hello"]
         assert provider.requests[0].path.endswith("/openai/responses")
     else:
         assert "ImportError" in server.wait_for("The server's log has the reason")

@@ -83,11 +83,10 @@ class Reset:
 
 @dataclass
 class Body:
-    """One piece: bytes, or what is sent as JSON."""
+    """Bytes of a stream, or what is sent as JSON."""
 
-    pieces: list
+    content: bytes | dict
     status: int = 200
-    type: str = "text/event-stream"
 
 
 @dataclass
@@ -615,13 +614,12 @@ RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
 # ---- Whole answers of single servers --------------------------------------------
 
 
-UNEXPECTED = "Unexpected endpoint or method. (POST /chat/completions)"
 NO_ACCESS = "You don't have access to the model with the specified model ID."
 PAGE = "<html><h1>Log in to the network</h1></html>"
 BODIES: dict[str, tuple[int, dict | str]] = {  # kind: the status, the body
     "html": (200, PAGE),  # a captive portal, or LM Studio
     "json": (200, {"hello": "world"}),
-    "endpoint": (200, {"error": UNEXPECTED}),  # LM Studio
+    "endpoint": (200, {"error": "Unexpected endpoint or method."}),  # LM Studio
     "no-route": (404, {"detail": "Not Found"}),  # vLLM, for a base URL without /v1
     "no-page": (404, "404 page not found"),  # the same of servers in Go
     "access-bedrock": (403, {"message": NO_ACCESS, "__type": "AccessDeniedException"}),
@@ -662,9 +660,6 @@ class Broken(Response):
         await asyncio.sleep(0.01)  # until uvicorn knows
 
 
-KEYS = ("x-goog-api-key", "x-api-key", "authorization")
-
-
 class Provider:
     """The app, its scripts and what it has seen; `with Provider() as provider:` serves it."""
 
@@ -673,7 +668,6 @@ class Provider:
         self.requests: list[Seen] = []
         self.refused: list[tuple[str, str]] = []  # the path and the error
         self.rules = dict(RULES)
-        self.asked = threading.Event()
         self.answer = answer
         self.per_second = per_second
         self.app = FastAPI()
@@ -691,14 +685,12 @@ class Provider:
         self.requests.clear()
         self.refused.clear()
         self.rules.update(RULES)
-        self.asked.clear()
 
     async def respond(self, format, request: Request):
-        keys = [request.headers.get(name, "") for name in KEYS]
-        key = "".join(keys).removeprefix("Bearer ")
+        headers = ("x-goog-api-key", "x-api-key", "authorization")
+        key = "".join(request.headers.get(name, "") for name in headers).removeprefix("Bearer ")
         seen = Seen(format, await request.json(), key, str(request.url))
         self.requests.append(seen)
-        self.asked.set()
         server = request.url.path.split("/")[1]
         writer = format(seen.body)
         for check in (*self.rules.get(server, ()), format.check):
@@ -726,10 +718,10 @@ class Provider:
         match step:
             case Reset():
                 return Broken()
+            case Body(bytes()):
+                return Response(step.content, step.status, media_type="text/event-stream")
             case Body():
-                (piece,) = step.pieces
-                content = piece if isinstance(piece, bytes) else json.dumps(piece)
-                return Response(content, step.status, media_type=step.type)
+                return JSONResponse(step.content, step.status)
             case Failure(kind) if kind in BODIES:
                 status, body = BODIES[kind]
             case Failure(kind):  # some providers repeat the key
