@@ -47,8 +47,8 @@ from dotenv import dotenv_values, load_dotenv
 
 # ---- Environment ---------------------------------------------------------------------------------
 
-# Importing this file changes the environment of the process, here, and nothing else. What else
-# changes for the whole process is in `repair_libraries`, which the start of the server calls.
+# Importing this file changes environment variables, here, and nothing else of the process. All
+# other such changes are in `repair_libraries`, which the start of the server calls.
 
 FOLDER = Path(__file__).resolve().parent
 ROOT_DIR = FOLDER.parent
@@ -200,9 +200,9 @@ MAX_BODY_BYTES = 1024 * 1024  # of a request
 MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
 SILENCE_SECONDS = 15  # a stream sends a heartbeat after this time without an event
-STOP_SECONDS = 5  # for turns after SIGTERM, and for a stopped turn until it has ended
+STOP_SECONDS = 5  # turns run on so long after SIGTERM; a stopped turn has so long to end
 RETRY_SECONDS = 5  # a provider that asks for a longer wait is not asked again
-DISCONNECT_SECONDS = 0.05  # for which a new message waits for a stop that was sent with it
+DISCONNECT_SECONDS = 0.05  # a new message waits so long for a stop that was sent just before
 
 
 def setting(name: str, default: str, kind: Any = str) -> Any:
@@ -373,8 +373,7 @@ def long_id(item_type: StoreItemType) -> str:
 
 # ---- Model ---------------------------------------------------------------------------------------
 
-# What MODEL=auto selects. The template's gemini-2.0-flash and claude-3-sonnet-20240229 have been
-# shut down.
+# What MODEL=auto selects. Providers shut models down: gemini-2.0-flash, claude-3-sonnet-20240229.
 DEFAULT_MODELS = {
     "gemini": "gemini-flash-latest",
     "openai": "gpt-4o",
@@ -413,9 +412,9 @@ class ErrorKind:
     matches `words`: a regular expression, for which capital letters make no difference.
     """
 
-    message: str  # may name the {key}, the {model} and the {address}
+    message: str  # may name the {key}, the {model} and the {hint}
     allow_retry: bool = False
-    is_forgotten: bool = False  # whether later turns leave out what the turn was about
+    is_left_out: bool = False  # whether later turns leave out what the turn was about
     statuses: Container[int] = ()
     classes: tuple[type[Exception], ...] = ()
     words: str = ""
@@ -428,7 +427,7 @@ GUARDRAILS = (
 )
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
-    is_forgotten=True,
+    is_left_out=True,
     statuses=[400, 403],
     classes=(ContentPolicyViolationError, ModelRefusalError),
     words="input was flagged|terms of service|usage guidelines|content exists risk",
@@ -436,7 +435,7 @@ FILTERED = ErrorKind(
 TOO_LONG = ErrorKind(
     "This is too long for the model, and later turns leave it out. Shorten your message, or start"
     " a new thread.",
-    is_forgotten=True,
+    is_left_out=True,
     statuses=[400, 413, 429, 500],
     classes=(ContextWindowExceededError,),
     words="request too large|maximum (context|model|prompt) length|context (length|window|limit)"
@@ -458,7 +457,7 @@ LONG_REPLY = ErrorKind(
 )
 EMPTY_REPLY = ErrorKind("The AI provider's reply was empty. Try again.", allow_retry=True)
 NOT_UNDERSTOOD = ErrorKind(
-    "The AI provider's answer was not understood. Try again.{address}",
+    "The AI provider's answer was not understood. Try again.{hint}",
     allow_retry=True,
     statuses=[400],
     classes=(ModelBehaviorError, StopAsyncIteration),
@@ -469,7 +468,8 @@ CUT_OFF = ErrorKind(
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
-# The model takes no tools, or not these settings; or the provider serves nobody here.
+# What providers say if the model takes no tools or not these settings, or if they do not serve
+# this country.
 NO_SETTING = (
     "support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d|invalid schema"
     "|function_declarations|unsupported.(parameter|value)|unknown parameter|response_format"
@@ -492,7 +492,7 @@ SETUP = ErrorKind(
     words=NO_SETTING,
 )
 UNAVAILABLE = ErrorKind(
-    "The AI provider is unavailable. Try again later.{address}",
+    "The AI provider is unavailable. Try again later.{hint}",
     allow_retry=True,
     statuses=range(500, 600),
     classes=(OSError,),
@@ -500,7 +500,7 @@ UNAVAILABLE = ErrorKind(
 REFUSED_MESSAGE = ErrorKind(
     "The AI provider refused this message, and later turns leave it out. Change it, and send it"
     " again. The server's log has the reason.",
-    is_forgotten=True,
+    is_left_out=True,
     statuses=[400, 413, 422],
 )
 NO_KEY = ErrorKind("This server has no {key}. Set it, or try PROVIDER=mock.")
@@ -527,7 +527,7 @@ CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=NO_MODEL),
     replace(REFUSED_MESSAGE, statuses=[404], words="image input"),
     ErrorKind(
-        "The AI provider has nothing at this address. The server's log has the reason.{address}",
+        "The AI provider has nothing at this address. The server's log has the reason.{hint}",
         statuses=[404, 405],
     ),
     FILTERED,
@@ -568,7 +568,7 @@ CHAT_ERRORS = [  # the first that fits is the one
 ]
 # Once a part of the reply was shown, an error that is none of AFTER_TEXT counts as CUT_OFF.
 FILTERED_REPLY = replace(
-    FILTERED, message=f"{FILTERED.message} The reply is not complete.", is_forgotten=False
+    FILTERED, message=f"{FILTERED.message} The reply is not complete.", is_left_out=False
 )
 AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
@@ -580,7 +580,7 @@ class ChatError(CustomStreamError):
     _agents_drain_queued_stream_events = True
 
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
-        message = kind.message.format(key=model.key_name, model=model.model, address=model.hint)
+        message = kind.message.format(key=model.key_name, model=model.model, hint=model.hint)
         super().__init__(message, allow_retry=kind.allow_retry)
         self.kind = kind
         self.__cause__ = cause
@@ -630,9 +630,8 @@ def described(error: BaseException) -> str:
     for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
         if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
             text = text.replace(secret, "***")
-    status, code = getattr(error, "status_code", ""), getattr(error, "code", "")
-    facts = f"{type(error).__name__} {status or ''} {code or ''}".split()
-    return f"{' '.join(facts)}: {text!r:.300}"
+    facts = [type(error).__name__, getattr(error, "status_code", ""), getattr(error, "code", "")]
+    return f"{' '.join(str(fact) for fact in facts if fact)}: {text!r:.300}"
 
 
 def is_worth_a_retry(context: RetryPolicyContext) -> bool:
@@ -727,7 +726,8 @@ class ProviderModel(LitellmModel):
                     **kwargs,
                 )
         except Exception as error:
-            raise chat_error_for(error, self) from error
+            readable = chat_error_for(error, self)
+            raise readable from readable.__cause__
         if not kwargs["stream"]:
             return fetched
         response, chunks = fetched
@@ -769,7 +769,8 @@ async def checked_chunks(
                 answered |= bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
     except Exception as error:
-        raise chat_error_for(error, model, answered) from error
+        readable = chat_error_for(error, model, answered)
+        raise readable from readable.__cause__
     finally:
         await stream.aclose()
     check_end(model, stream, answered, for_log)
@@ -818,9 +819,10 @@ class ProviderModels(ModelProvider):
     """
 
     def get_model(self, model_name: str | None) -> ProviderModel:
-        if not model_name:
+        name = model_name or "auto"
+        if name == "auto":
             return model
-        return make_model(model_name if "/" in model_name else litellm_name(PROVIDER, model_name))
+        return make_model(name if "/" in name else litellm_name(PROVIDER, name))
 
 
 def make_model(name: str) -> ProviderModel:
@@ -884,7 +886,7 @@ class Turn:
     async def start(self, events: Events) -> None:
         """Start the task, and return when its first event is in the queue.
 
-        Raises what the task has raised before it.
+        Raises the error of a task that fails before its first event.
         """
         self.server.turns.add(self)
         self.task = asyncio.create_task(self.fill_queue(events))
@@ -938,7 +940,8 @@ class Turn:
         try:
             async for event in events:
                 if event.type == "error" and event.code != "custom":
-                    # Another process may have deleted the thread: raises NotFoundError.
+                    # Another process may have deleted the thread: this raises NotFoundError,
+                    # for which the client gets a better message.
                     await self.server.store.load_thread(self.thread_id, self.context)
                 self.put(event)
         except Exception as error:
@@ -948,9 +951,9 @@ class Turn:
             self.put(error_event(error))
         finally:
             if self.memory:
-                # After an error of the Store, chatkit leaves the run as it is. After any error,
-                # its _merge_generators leaves a task that waits for one more event ("Task was
-                # destroyed but it is pending!"). This event ends the task, and no client gets it.
+                # After an error of the Store, chatkit does not end the run. After any error, its
+                # _merge_generators leaves a task that waits for one more event ("Task was destroyed
+                # but it is pending!"). No client gets this event.
                 self.memory.run.cancel()
                 await self.memory.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
@@ -1034,8 +1037,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         turn = Turn.current.get()
         if thread.title is None and input:
             thread.title = message_text(input)[:TITLE_LENGTH] or None
-            # chatkit saves a changed thread after each event that it gets. The next one comes from
-            # the model. A thread that is deleted before it would be saved again.
+            # chatkit saves a changed thread after each event. This one lets it save the title now.
+            # Later, another process may have deleted the thread, and it would be saved again.
             yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
@@ -1098,7 +1101,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             told.pop()
         question = told[:1]
         if any(hidden_content(item, REFUSED_ITEMS) for item in items[1:2]):
-            # Twice in a row: it may be an older message that nothing has answered.
+            # The turn before was refused, too: an older message, still without an answer, may be
+            # the cause.
             question += takewhile(lambda item: item.type not in REPLIES, told[1:])
         Turn.current.get().question = [item.id for item in question]
         return await self.converter.to_agent_input(told[::-1])
@@ -1140,7 +1144,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if parsed.type == "threads.add_client_tool_output":
             await self.put_tool_call_last(parsed.params.thread_id, context)
 
-        # Not super().process(): it builds the TypeAdapter again for every request, for 20 ms.
+        # Not super().process(): a stream is a Turn here. And it builds the TypeAdapter again for
+        # every request, which takes 20 ms.
         try:
             if not is_streaming_req(parsed):
                 return NonStreamingResult(await self._process_non_streaming(parsed, context))
@@ -1181,9 +1186,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         calls = [item for item in items if item.type == "client_tool_call"]
         is_pending = calls and calls[0].status == "pending"
         require(is_pending, "No client tool call is pending in this thread.")
-        place = items.index(calls[0])
-        for item in items[place + 1 : place - 1 : -1] if place else []:
-            if item is calls[0] or hidden_content(item, REMEMBERED_CALL):
+        place = items.index(calls[0])  # 0 if it is the newest item
+        for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
+            if place and (item is calls[0] or hidden_content(item, REMEMBERED_CALL)):
                 await self.store.delete_thread_item(thread_id, item.id, context)
                 await self.store.add_thread_item(thread_id, item, context)
 
@@ -1222,8 +1227,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
-                is_written = self.action != super().action
-                require(is_written, f"{kind} is not supported.")
+                require(self.action != super().action, f"{kind} is not supported.")
                 if params.item_id:  # an action may be about no item
                     item = await self.store.load_item(params.thread_id, params.item_id, context)
                     require(item.type == "widget", f"Item {item.id} is not a widget.")
@@ -1255,8 +1259,8 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         # json.loads accepts NaN and half characters, which cannot be stored.
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
         # pydantic makes an object of each value, and an error of each wrong one.
-        too_many = count_values(value) > MAX_VALUES
-        require(not too_many, f"The request has more than {MAX_VALUES} JSON values.")
+        is_small = count_values(value) <= MAX_VALUES
+        require(is_small, f"The request has more than {MAX_VALUES} JSON values.")
         return REQUEST.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
@@ -1280,10 +1284,10 @@ async def stop_turns(turns: list[Turn], last_event: bytes = b"") -> None:
     await wait_until_ended(turns)
 
 
-async def wait_until_ended(turns: list[Turn], seconds: float = 0) -> None:
-    """Wait until the turns have ended, or for these seconds, by default twice STOP_SECONDS."""
+async def wait_until_ended(turns: list[Turn], seconds: float = 2 * STOP_SECONDS) -> None:
+    """Wait until the turns have ended, but at most for these seconds."""
     if turns:
-        await asyncio.wait([turn.task for turn in turns], timeout=seconds or 2 * STOP_SECONDS)
+        await asyncio.wait([turn.task for turn in turns], timeout=seconds)
 
 
 def message_text(message: UserMessageItem | UserMessageInput) -> str:
@@ -1353,8 +1357,8 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
     failure: Exception | None = None
     try:
         async for event in events:
-            if turn.stopped:  # nobody sees this event, so it must not be stored
-                continue
+            if turn.stopped and event.type != "thread.item.removed":
+                continue  # nobody sees this event, so it must not be stored
             match event:
                 case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
                     extend_item(unfinished[id], update)
@@ -1383,7 +1387,10 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
 
 
 def extend_item(item: Any, update: ThreadItemUpdate) -> None:
-    """Apply an update to a streamed message, as the client does."""
+    """Apply an update to a streamed message, as the client does.
+
+    In place: chatkit stores this same object if its task is cancelled.
+    """
     match update:
         case AssistantMessageContentPartAdded(content=part):
             item.content.append(part)
@@ -1401,7 +1408,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
     except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
         log_error(known)
-        if isinstance(known, ChatError) and known.kind.is_forgotten:
+        if isinstance(known, ChatError) and known.kind.is_left_out:
             refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question, *memory.hidden_ids])
             yield ThreadItemDoneEvent(item=refused)
         raise known from known.__cause__
@@ -1482,15 +1489,15 @@ class ToolMemory(RunHooks[Any]):
         reasoning = [item for item in said if item["type"] == "reasoning"]
         calls = [item for item in said if item["type"] == "function_call"]
         kept = [call for call in calls if call["call_id"] != self.client_call]
-        # chatkit stores the client's call itself, after this item.
-        for_client = [] if kept == calls else reasoning
         answers = []
         for call in kept:
             call["arguments"] = as_arguments(call["arguments"])
             id = call["call_id"]
             output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
-        return [*reasoning, *kept, *answers, *for_client] if kept else for_client
+        told = [*reasoning, *kept, *answers] if kept else []
+        # chatkit stores the client's call itself, after this item.
+        return told if kept == calls else told + reasoning
 
     def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
@@ -1555,7 +1562,7 @@ class Converter(ThreadItemConverter):
         return told
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
-        # A user's text cannot hold chatkit's tags of hidden items.
+        # The model trusts chatkit's tags of hidden items: a user's text must not hold them.
         text = item.model_dump_json().replace("HiddenContext>", "HiddenContext >")
         return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
@@ -1574,7 +1581,7 @@ class Converter(ThreadItemConverter):
 def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
     """Return the model's input as every provider takes it.
 
-    And whether another model has called tools since the user's newest message.
+    Also return whether another model has called tools since the user's newest message.
 
     Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
     refuses a user's message right after a tool's output. Some servers refuse a list in place of a
@@ -1668,17 +1675,19 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 async def warm_up() -> None:
     """Do what the first chat of a process does: hundreds of imports, which take a second."""
-    nobody = LitellmModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
+    canned = ProviderModel(model.model, canned_reply="Warm.")
+    unreachable = LitellmModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
     settings = ModelSettings(extra_args={"max_retries": 0})
-    for silent in (ProviderModel(model.model, canned_reply="Warm."), nobody):
-        agent = Agent("Warm-up", model=silent, model_settings=settings)
-        with suppress(Exception):  # nobody listens there
+    for unasked in (canned, unreachable):
+        agent = Agent("Warm-up", model=unasked, model_settings=settings)
+        # Some providers' clients look for credentials on the network.
+        with suppress(Exception), anyio.fail_after(STOP_SECONDS):
             async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
                 pass
 
 
 async def check_origin(request: Request) -> None:
-    """Refuse every page whose origin is not in ALLOWED_ORIGINS, this server's own page, too.
+    """Refuse pages of other origins than ALLOWED_ORIGINS. It must name this server's own page, too.
 
     CORS alone hides the answer, after the request has run.
     """
@@ -1723,8 +1732,8 @@ async def request_context(request: Request) -> Context:
         return {}
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     for token, user in TOKENS.items():
-        is_equal = secrets.compare_digest(token.encode(), given.encode())
-        if is_equal and scheme.lower() == "bearer":
+        is_given = secrets.compare_digest(token.encode(), given.encode())
+        if is_given and scheme.lower() == "bearer":
             return {"user_id": user}
     raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
 
@@ -1746,8 +1755,7 @@ async def request_body(request: Request) -> bytes:
 class EventStream(StreamingResponse):
     """The events of a turn, which is stopped when the client leaves.
 
-    Starlette then cancels the response. If it is sending at that moment, it does not close the
-    iterator.
+    Starlette then cancels the response. If it is just sending, it does not close the iterator.
     """
 
     async def stream_response(self, send: Send) -> None:
@@ -1811,8 +1819,8 @@ PAGE = """<!doctype html>
     if (isOurs && sessionStorage.token) headers.set("Authorization", sessionStorage.token);
     const response = await fetch(target, { ...init, headers });
     if (!isOurs || response.headers.get("WWW-Authenticate") !== "Bearer") return response;
-    const token = prompt("This server needs a token (CHATKIT_TOKENS):");
-    if (!token) return response;
+    const token = prompt("This server needs a token (CHATKIT_TOKENS):")?.trim();
+    if (!token || /[^!-~]/.test(token)) return response;
     sessionStorage.token = `Bearer ${token}`;
     return fetchAsUser(target, init);
   }
@@ -1903,15 +1911,15 @@ async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
 def serve() -> None:
     """Serve on HOST and PORT, with one process.
 
-    A program may `import main`, change it, and call this. Several processes need a database: see
-    tests/postgres/postgres_store.py.
+    A program may `import main`, change `main.server`, and call this. Several processes need a
+    database: see tests/postgres/postgres_store.py. A stop reaches the turns of one process only.
     """
     uvicorn.run(
         app,
         host=HOST,
         port=PORT,
         http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
-        timeout_graceful_shutdown=STOP_SECONDS + 5,
+        timeout_graceful_shutdown=2 * STOP_SECONDS,
         workers=1,  # whatever WEB_CONCURRENCY says
     )
 

@@ -150,7 +150,7 @@ def test_the_errors_that_it_explains(main):
     """A row has the first words of an error."""
     rows = re.findall(r"^\| (.*?) \.\.\. \|", section("When something fails"), re.M)
     kinds = [*main.CHAT_ERRORS, main.NO_KEY]
-    said = [kind.message.format(key="GEMINI_API_KEY", model="", address="") for kind in kinds]
+    said = [kind.message.format(key="GEMINI_API_KEY", model="", hint="") for kind in kinds]
     assert len(rows) == 6
     for row in rows:
         assert [text for text in said if text.startswith(row)], row
