@@ -33,7 +33,7 @@ DEFAULT_MODELS = {
     "mock": "gpt-5.2",
 }
 """,
-        # The agent: another name, settings, and tools.
+        # The agent: another name, settings, tools, and a second agent.
         "class ChatKitServerImpl(": """
 from agents import function_tool
 
@@ -51,6 +51,7 @@ class ChatKitServerImpl(""",
             model=model,
             model_settings=ModelSettings(temperature=0.5),
             tools=[boats],
+            handoffs=[Agent[ChatContext]("Sailor", handoff_description="Knows the winds.")],
         )""",
         "store = MemoryStore()": """
 class BoatStore(MemoryStore):
