@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from agents import Agent, ModelSettings, WebSearchTool, function_tool
@@ -309,6 +310,13 @@ def test_a_quiet_second_try(server, chat, provider, route, fault):
     assert "ERROR" not in "\n".join(server.log[start:])
 
 
+def test_how_long_a_second_try_waits(main):
+    error = main.ChatError(main.RATE_LIMIT, main.model)
+    waits = [main.RETRY_SECONDS, main.RETRY_SECONDS + 0.1]
+    asked = [SimpleNamespace(error=error, normalized=SimpleNamespace(retry_after=w)) for w in waits]
+    assert [main.is_worth_a_retry(context) for context in asked] == [True, False]
+
+
 # ---- Tools, settings, and mistakes of the setup ---------------------------------
 
 
@@ -320,6 +328,17 @@ def test_an_unknown_tool_again_and_again(main, server, chat, provider, route):
     assert len(provider.requests) == 10
     assert reply(chat.say("and on")) == "You said: and on"
     assert provider.refused == []
+
+
+def test_the_models_that_need_their_reasoning(main):
+    """Cerebras refuses what others need, with the same models."""
+    names = [
+        "deepseek/deepseek-chat",
+        "openrouter/z-ai/glm-4.7",
+        "cerebras/zai-glm-4.7",
+        "openai/o3",
+    ]
+    assert [main.needs_reasoning(name) for name in names] == [True, True, False, False]
 
 
 CLOCK = function_tool(lambda: "noon", name_override="clock")

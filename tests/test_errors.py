@@ -306,6 +306,7 @@ TEXTS = """
     400 USED_UP You have reached your specified API usage limits.
     429 USED_UP Your account is not active: billing_not_active
     429 USED_UP Your prepayment credits are depleted.
+    400 USED_UP Billing hard limit has been reached
     403 USED_UP Key limit exceeded (total limit).
     429 RATE_LIMIT Please check your plan and billing details. Quota of 15 per minute
     400 SETUP User location is not supported for the API use.
