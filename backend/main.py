@@ -648,9 +648,8 @@ def needs_reasoning(model: str) -> bool:
 
     Cerebras refuses any reasoning.
     """
-    if model.startswith("cerebras/"):
-        return False
-    return any(name in model.lower() for name in ("deepseek", "kimi", "glm"))
+    thinks = any(name in model.lower() for name in ("deepseek", "kimi", "glm"))
+    return thinks and not model.startswith("cerebras/")
 
 
 class ProviderModel(LitellmModel):
@@ -711,8 +710,8 @@ class ProviderModel(LitellmModel):
             # After another model's calls, a Claude that thinks refuses to go on with the turn.
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
-        known = litellm.get_supported_openai_params(self.model)
-        if tools and known and "tools" not in known:
+        supported = litellm.get_supported_openai_params(self.model)
+        if tools and supported and "tools" not in supported:
             logger.warning("LiteLLM says that %s takes no tools. It leaves them out.", self.model)
         fetch: Any = super()._fetch_response  # its overloads allow no *args
         try:
@@ -726,8 +725,8 @@ class ProviderModel(LitellmModel):
                     **kwargs,
                 )
         except Exception as error:
-            readable = chat_error_for(error, self)
-            raise readable from readable.__cause__
+            known = chat_error_for(error, self)
+            raise known from known.__cause__
         if not kwargs["stream"]:
             return fetched
         response, chunks = fetched
@@ -769,8 +768,8 @@ async def checked_chunks(
                 answered |= bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
     except Exception as error:
-        readable = chat_error_for(error, model, answered)
-        raise readable from readable.__cause__
+        known = chat_error_for(error, model, answered)
+        raise known from known.__cause__
     finally:
         await stream.aclose()
     check_end(model, stream, answered, for_log)
@@ -1089,18 +1088,18 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         It starts with a user message: some providers refuse a conversation that starts with the
         assistant's. What a provider has refused is left out.
         """
-        refused: list[str] = []
+        refused = []
         told = []
         items = await self.newest_items(thread.id, context)
         for item in items:
             marks = hidden_content(item, REFUSED_ITEMS)  # ids of older items
-            refused += marks
+            refused.extend(marks)
             if not marks and item.id not in refused:
                 told.append(item)
         while told and told[-1].type != "user_message":
             told.pop()
         question = told[:1]
-        if any(hidden_content(item, REFUSED_ITEMS) for item in items[1:2]):
+        if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
             # The turn before was refused, too: an older message, still without an answer, may be
             # the cause.
             question += takewhile(lambda item: item.type not in REPLIES, told[1:])
@@ -1142,7 +1141,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if thread_id:
             await self.settle_turns(parsed, thread_id)
         if parsed.type == "threads.add_client_tool_output":
-            await self.put_tool_call_last(parsed.params.thread_id, context)
+            await self.put_tool_call_last(thread_id, context)
 
         # Not super().process(): a stream is a Turn here. And it builds the TypeAdapter again for
         # every request, which takes 20 ms.
@@ -1162,8 +1161,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
             # A turn may begin while we wait: it would save a deleted thread again.
-            while running := self.turns_of(thread_id):
+            while running := [turn for turn in self.turns_of(thread_id) if not turn.stopped]:
                 await stop_turns(running)
+            await wait_until_ended(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
             # A running turn may save its thread, and would bring the old title back.
@@ -1259,8 +1259,10 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         # json.loads accepts NaN and half characters, which cannot be stored.
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
         # pydantic makes an object of each value, and an error of each wrong one.
-        is_small = count_values(value) <= MAX_VALUES
-        require(is_small, f"The request has more than {MAX_VALUES} JSON values.")
+        require(
+            count_values(value) <= MAX_VALUES,
+            f"The request has more than {MAX_VALUES} JSON values.",
+        )
         return REQUEST.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
@@ -1330,7 +1332,7 @@ async def require_answer(events: Events, turn: Turn) -> Events:
     """Raise ChatError if a turn completes nothing that the user can see as an answer."""
     answered = False
     async for event in events:
-        answered = answered or is_answer(event)
+        answered |= is_answer(event)
         yield event
     if not answered and not turn.stopped:
         raise ChatError(EMPTY_REPLY, turn.model)
@@ -1353,7 +1355,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
     chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
     unfinished: dict[str, ThreadItem] = {}  # by id
-    begun = 0  # messages
+    messages_begun = 0
     failure: Exception | None = None
     try:
         async for event in events:
@@ -1365,9 +1367,9 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 case ThreadItemAddedEvent(item=item):
                     unfinished[item.id] = item
                     if item.type == "assistant_message":
-                        for calls in memory.take_items(begun):
-                            yield ThreadItemDoneEvent(item=calls)
-                        begun += 1
+                        for hidden in memory.take_items(messages_begun):
+                            yield ThreadItemDoneEvent(item=hidden)
+                        messages_begun += 1
                 case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
                     unfinished.pop(item.id, None)
                 case ThreadItemRemovedEvent(item_id=id):
@@ -1380,7 +1382,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
         raise
     except Exception as error:
         failure = error
-    for item in [*unfinished.values(), *memory.take_items(memory.completed)]:
+    for item in [*unfinished.values(), *memory.take_items(memory.messages_completed)]:
         yield ThreadItemDoneEvent(item=item)
     if failure:
         raise failure
@@ -1419,7 +1421,8 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
 # These types mark our hidden items among an application's own.
 REMEMBERED_CALL = "remembered_tool_call"
 REFUSED_ITEMS = "refused_items"
-REPLIES = ("assistant_message", "client_tool_call", "hidden_context_item")  # types of items
+# The types of items that answer a message, or that belong to an answer.
+REPLIES = ("assistant_message", "client_tool_call", "hidden_context_item")
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
@@ -1442,7 +1445,7 @@ class ToolMemory(RunHooks[Any]):
     context: ChatContext
     forgotten_tools: set[str]
     run: Any = None  # the RunResultStreaming, as soon as there is one
-    completed: int = 0  # messages of the model
+    messages_completed: int = 0  # of the model, in this turn
     # The steps that are not stored yet: the number of messages up to each, and what the model said.
     steps: list[tuple[int, Any]] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)  # of the calls, by their ids
@@ -1457,8 +1460,8 @@ class ToolMemory(RunHooks[Any]):
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that chatkit has not read yet.
-        self.completed += [output.type for output in response.output].count("message")
-        self.steps.append((self.completed, response.output))
+        self.messages_completed += [output.type for output in response.output].count("message")
+        self.steps.append((self.messages_completed, response.output))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1472,9 +1475,9 @@ class ToolMemory(RunHooks[Any]):
         if asked and (asked.name == tool.name or not self.client_call):
             self.client_call = call.call_id
 
-    def take_items(self, messages: int) -> list[HiddenContextItem]:
+    def take_items(self, count: int) -> list[HiddenContextItem]:
         """Return, once, what is to be stored after this number of the turn's messages."""
-        ready = [step for step in self.steps if step[0] <= messages]
+        ready = [step for step in self.steps if step[0] <= count]
         del self.steps[: len(ready)]
         inputs = [self.remembered(step) for _, step in ready]
         return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
@@ -1675,13 +1678,12 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 async def warm_up() -> None:
     """Do what the first chat of a process does: hundreds of imports, which take a second."""
-    canned = ProviderModel(model.model, canned_reply="Warm.")
     unreachable = LitellmModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
     settings = ModelSettings(extra_args={"max_retries": 0})
-    for unasked in (canned, unreachable):
+    for unasked in (ProviderModel(model.model, canned_reply="Warm."), unreachable):
         agent = Agent("Warm-up", model=unasked, model_settings=settings)
         # Some providers' clients look for credentials on the network.
-        with suppress(Exception), anyio.fail_after(STOP_SECONDS):
+        with suppress(Exception), anyio.fail_after(5):
             async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
                 pass
 
@@ -1732,8 +1734,7 @@ async def request_context(request: Request) -> Context:
         return {}
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     for token, user in TOKENS.items():
-        is_given = secrets.compare_digest(token.encode(), given.encode())
-        if is_given and scheme.lower() == "bearer":
+        if scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), given.encode()):
             return {"user_id": user}
     raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
 
@@ -1919,7 +1920,7 @@ def serve() -> None:
         host=HOST,
         port=PORT,
         http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
-        timeout_graceful_shutdown=2 * STOP_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS + 5,
         workers=1,  # whatever WEB_CONCURRENCY says
     )
 

@@ -34,6 +34,7 @@ def warm_up() -> None:
         "PYTHONPATH": str(SUPPORT),
         "IMPORT_ALL": "yes",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_MODE": "PRODUCTION",  # it reads no .env
         "OPENAI_AGENTS_DISABLE_TRACING": "true",
     }
     with patch.dict(os.environ, environment, clear=True):
