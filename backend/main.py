@@ -63,6 +63,9 @@ DEFAULTS = {
     "LITELLM_MODE": "PRODUCTION",
     # openai-agents would upload traces of every chat to OpenAI.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
+    # Workaround (LiteLLM, no issue known): it ends a stream after 100 equal chunks. A long table
+    # rule has more of them.
+    "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
     "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "10000",
     "AIOHTTP_CONNECTOR_LIMIT": "10000",
@@ -104,33 +107,30 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import takewhile
 from typing import Annotated, Any
-from zlib import crc32
 
 import anyio
 import litellm
 import uvicorn
 from agents import (
     Agent,
+    AgentsException,
+    InputGuardrailTripwireTriggered,
     ItemHelpers,
+    MaxTurnsExceeded,
+    ModelBehaviorError,
     ModelProvider,
+    ModelRefusalError,
     ModelResponse,
     ModelSettings,
+    OutputGuardrailTripwireTriggered,
     RunConfig,
     RunHooks,
     Runner,
     Tool,
-    TResponseInputItem,
-    Usage,
-)
-from agents.exceptions import (
-    AgentsException,
-    InputGuardrailTripwireTriggered,
-    MaxTurnsExceeded,
-    ModelBehaviorError,
-    ModelRefusalError,
-    OutputGuardrailTripwireTriggered,
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
+    TResponseInputItem,
+    Usage,
     UserError,
 )
 from agents.extensions.models.litellm_model import LitellmModel
@@ -142,9 +142,6 @@ from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
 from chatkit.store import AttachmentStore, NotFoundError, Store, StoreItemType, default_generate_id
 from chatkit.types import (
-    AssistantMessageContentPartAdded,
-    AssistantMessageContentPartAnnotationAdded,
-    AssistantMessageContentPartTextDelta,
     AssistantMessageItem,
     Attachment,
     ChatKitReq,
@@ -173,12 +170,6 @@ from chatkit.types import (
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from litellm.exceptions import (
-    AuthenticationError,
-    ContentPolicyViolationError,
-    ContextWindowExceededError,
-    UnsupportedParamsError,
-)
 from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
@@ -421,15 +412,12 @@ class ErrorKind:
 
 
 # chatkit takes back a turn's messages for these.
-GUARDRAILS = (
-    InputGuardrailTripwireTriggered,
-    OutputGuardrailTripwireTriggered,
-)
+GUARDRAILS = (InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered)
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
     is_left_out=True,
     statuses=[400, 403],
-    classes=(ContentPolicyViolationError, ModelRefusalError),
+    classes=(litellm.exceptions.ContentPolicyViolationError, ModelRefusalError),
     words="input was flagged|terms of service|usage guidelines|content exists risk",
 )
 TOO_LONG = ErrorKind(
@@ -437,7 +425,7 @@ TOO_LONG = ErrorKind(
     " a new thread.",
     is_left_out=True,
     statuses=[400, 413, 429, 500],
-    classes=(ContextWindowExceededError,),
+    classes=(litellm.exceptions.ContextWindowExceededError,),
     words="request too large|maximum (context|model|prompt) length|context (length|window|limit)"
     "|reduce the length of|input is too long for",
 )
@@ -483,7 +471,7 @@ SETUP = ErrorKind(
     statuses=[400, 422],
     classes=(
         UserError,
-        UnsupportedParamsError,
+        litellm.exceptions.UnsupportedParamsError,
         ImportError,
         TypeError,
         AttributeError,
@@ -531,7 +519,7 @@ CHAT_ERRORS = [  # the first that fits is the one
         statuses=[404, 405],
     ),
     FILTERED,
-    ErrorKind(KEY_REFUSED, statuses=[401], classes=(AuthenticationError,)),
+    ErrorKind(KEY_REFUSED, statuses=[401], classes=(litellm.exceptions.AuthenticationError,)),
     ErrorKind(
         KEY_REFUSED, statuses=[400], words="API_KEY_INVALID|API key not valid|incorrect API key"
     ),
@@ -666,16 +654,16 @@ class ProviderModel(LitellmModel):
         api_key: str | None = None,
         canned_reply: str | None = None,
     ) -> None:
-        replays_reasoning = needs_reasoning(model)
-        super().__init__(model, base_url, api_key, lambda _: replays_reasoning)
+        super().__init__(model, base_url, api_key, lambda _: needs_reasoning(model))
         self.canned_reply = canned_reply
         self.provider = "mock" if canned_reply else model.partition("/")[0]
         address = "the base URL" if base_url else address_variable(self.provider)
         self.hint = f" Check {address}." if address else ""
         key = f"{self.provider.upper()}_API_KEY"
         missing = litellm.validate_environment(model)["missing_keys"]
-        is_named = key in [*missing, *os.environ]
-        self.key_name = key if is_named else f"the credentials for {self.provider}"
+        self.key_name = key
+        if key not in [*missing, *os.environ]:
+            self.key_name = f"the credentials for {self.provider}"
         self.missing_keys = [] if api_key or canned_reply or address else missing
         self.settings = ModelSettings(
             include_usage=True,  # the log counts the tokens
@@ -705,9 +693,10 @@ class ProviderModel(LitellmModel):
         own = (model_settings.reasoning, model_settings.verbosity)
         if own == (default.reasoning, default.verbosity):
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
-        told, is_begun_by_another = model_input(input, self.model)
-        if "claude" in self.model and is_begun_by_another:
-            # After another model's calls, a Claude that thinks refuses to go on with the turn.
+        told = model_input(input, self.model)
+        kinds = [*takewhile(lambda kind: kind != "user", map(kind_of, reversed(told)))]
+        if "claude" in self.model and "function_call" in kinds and "reasoning" not in kinds:
+            # A Claude that thinks does not go on after calls without a thought: another model's.
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
         supported = litellm.get_supported_openai_params(self.model)
@@ -716,14 +705,7 @@ class ProviderModel(LitellmModel):
         fetch: Any = super()._fetch_response  # its overloads allow no *args
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
-                fetched = await fetch(
-                    system_instructions,
-                    told,
-                    settings,
-                    tools,
-                    *args,
-                    **kwargs,
-                )
+                fetched = await fetch(system_instructions, told, settings, tools, *args, **kwargs)
         except Exception as error:
             known = chat_error_for(error, self)
             raise known from known.__cause__
@@ -742,7 +724,7 @@ async def checked_chunks(
     """
     answered = False  # a text or a tool call came
     for_log = "the stream ended too early"
-    reply_id = secrets.token_hex(8)
+    reply_id = secrets.token_hex(4)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # OpenAI's client reads a web page, or an error object (LM Studio), as an empty stream.
@@ -790,7 +772,8 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
             indexes[call.index] = indexes.setdefault(call.id, new)
         call.index = indexes.get(call.index, call.index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
-        call.id = f"call_{reply_id}_{call.index}"
+        # Mistral takes ids of nine digits or letters.
+        call.id = f"{reply_id}{call.index}"[-9:]
 
 
 def check_end(model: ProviderModel, stream: Any, answered: bool, for_log: str) -> None:
@@ -898,12 +881,9 @@ class Turn:
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(SILENCE_SECONDS, self.queue.put_nowait, HEARTBEAT)
-        try:
+        event = HEARTBEAT
+        with anyio.move_on_after(SILENCE_SECONDS):
             event = await self.queue.get()
-        finally:
-            timer.cancel()
         if not event:
             raise StopAsyncIteration
         return event
@@ -1214,6 +1194,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             says_something = kind in ("threads.add_user_message", "threads.retry_after_item")
             if says_something and status.type != "active":  # locked or closed by an application
                 raise HTTPException(409, status.reason or f"This thread is {status.type}.")
+        item: Any = None
+        if getattr(params, "item_id", None):  # an action may be about no item
+            item = await self.store.load_item(params.thread_id, params.item_id, context)
         match kind:
             case "threads.create" | "threads.add_user_message":
                 message = params.input
@@ -1223,14 +1206,13 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_attachment(attachment_id, context)
                 self.check_options(message.inference_options)
             case "threads.retry_after_item":
-                item: Any = await self.store.load_item(params.thread_id, params.item_id, context)
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
                 require(self.action != super().action, f"{kind} is not supported.")
-                if params.item_id:  # an action may be about no item
-                    item = await self.store.load_item(params.thread_id, params.item_id, context)
-                    require(item.type == "widget", f"Item {item.id} is not a widget.")
+                require(
+                    not item or item.type == "widget", f"Item {params.item_id} is not a widget."
+                )
             case "attachments.create" | "attachments.delete":
                 require(self.attachment_store, "Attachments are not configured.")
                 if kind == "attachments.delete":
@@ -1318,7 +1300,8 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
             case ThreadItemUpdatedEvent(item_id=id):
                 event.item_id = id_mapping.get(id, id)
             case ThreadItemDoneEvent(item=ClientToolCallItem() as item):
-                item.call_id = item.id = new_id("tool_call")
+                item.id = new_id("tool_call")
+                item.call_id = item.id[-9:]  # see repair_delta
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
             case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, FAKE_RESPONSES_ID):
@@ -1393,13 +1376,13 @@ def extend_item(item: Any, update: ThreadItemUpdate) -> None:
 
     In place: chatkit stores this same object if its task is cancelled.
     """
-    match update:
-        case AssistantMessageContentPartAdded(content=part):
-            item.content.append(part)
-        case AssistantMessageContentPartTextDelta(delta=text):
-            item.content[-1].text += text
-        case AssistantMessageContentPartAnnotationAdded(annotation=annotation):
-            item.content[-1].annotations.append(annotation)
+    match update.type:
+        case "assistant_message.content_part.added":
+            item.content.append(update.content)
+        case "assistant_message.content_part.text_delta":
+            item.content[-1].text += update.delta
+        case "assistant_message.content_part.annotation_added":
+            item.content[-1].annotations.append(update.annotation)
 
 
 async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Events:
@@ -1581,23 +1564,19 @@ class Converter(ThreadItemConverter):
         return await super().hidden_context_to_input(item)
 
 
-def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
+def model_input(items: str | list[Any], model: str) -> list[Any]:
     """Return the model's input as every provider takes it.
-
-    Also return whether another model has called tools since the user's newest message.
 
     Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
     refuses a user's message right after a tool's output. Some servers refuse a list in place of a
     text. Some models refuse a tool call without their own reasoning.
     """
     told: list[Any] = [{}]
-    is_begun_by_another = False
     for item in ItemHelpers.input_to_new_input_list(items):
         message = simplified(item)
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
         is_own = message.get("provider_data", {}).get("model", model) == model
-        is_begun_by_another = kind != "user" and (is_begun_by_another or not is_own)
         if is_empty or (kind == "reasoning" and not is_own):
             continue
         while kind == "user" and kind_of(told[-1]) == "reasoning":
@@ -1612,7 +1591,7 @@ def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
             # A step of the model begins. Reasoning of its own, if it has some, replaces this.
             told.append({"type": "reasoning", "summary": [{"text": "-"}]})
         told.append(message)
-    return told[1:], is_begun_by_another
+    return told[1:]
 
 
 def kind_of(item: Any) -> Any:
@@ -1624,11 +1603,9 @@ def simplified(item: Any) -> Any:
     """Return the item without blank texts, as a string if it holds nothing but texts.
 
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
-    the calls that follow, and keep their reasoning. Mistral takes ids of nine digits or letters.
+    the calls that follow, and keep their reasoning.
     """
     item = {**item}
-    if "call_id" in item:
-        item["call_id"] = f"{crc32(item['call_id'].encode()) % 10**9:09}"
     place = "content" if "role" in item else "output"
     if place not in item:
         return item
@@ -1806,9 +1783,7 @@ async def debug_threads(context: RequestContext) -> dict[str, Any]:
 # https://openai.github.io/chatkit-js/api/openai/chatkit/type-aliases/chatkitoptions lists them.
 PAGE_OPTIONS = "{}"
 PAGE = """<!doctype html>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Chat</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Chat</title>
 <p id="notice">Loading ChatKit from cdn.platform.openai.com ...</p>
 <openai-chatkit id="chat" style="display: block; height: 98vh"></openai-chatkit>
 <script>
@@ -1836,8 +1811,7 @@ PAGE = """<!doctype html>
   });
 </script>
 <script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async
-  onerror="notice.textContent = 'ChatKit could not be loaded. It needs ' + this.src"></script>
-"""
+  onerror="notice.textContent = 'ChatKit could not be loaded. It needs ' + this.src"></script>"""
 
 
 @app.get("/chatkit", response_class=HTMLResponse)
@@ -1861,9 +1835,6 @@ def repair_libraries() -> None:
     """Change LiteLLM and uvicorn for the whole process. The start of the server calls this."""
     # Workaround (LiteLLM, no issue known): it prints "Give Feedback / Get Help" if a call fails.
     litellm.suppress_debug_info = True
-    # Workaround (LiteLLM, no issue known): it ends a stream after 100 equal chunks. A long table
-    # rule has more of them.
-    litellm.REPEATED_STREAMING_CHUNK_LIMIT = 2**63  # type: ignore[attr-defined]  # untyped
     # Workaround (LiteLLM, no issue known): if a provider reports no tokens, it downloads a
     # tokenizer to count them.
     litellm.disable_token_counter = True
