@@ -63,9 +63,6 @@ DEFAULTS = {
     "LITELLM_MODE": "PRODUCTION",
     # openai-agents would upload traces of every chat to OpenAI.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
-    # Workaround (LiteLLM, no issue known): it ends a stream after 100 equal chunks. A long table
-    # rule has more of them.
-    "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
     "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "10000",
     "AIOHTTP_CONNECTOR_LIMIT": "10000",
@@ -723,17 +720,18 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
-    for_log = "the stream ended too early"
     reply_id = secrets.token_hex(4)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
-        # OpenAI's client reads a web page, or an error object (LM Studio), as an empty stream.
-        response: Any = getattr(stream.completion_stream, "response", None)
+        # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream.
+        chunks: Any = stream.completion_stream
+        response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
         kind = response.headers.get("Content-Type", "") if response else ""
         if kind.startswith(("text/html", "application/json")):
             with anyio.fail_after(MODEL_TIMEOUT):
                 await response.aread()
-            for_log = response.text
+            if "data:" not in response.text:
+                raise ModelBehaviorError(response.text)
         while True:
             # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
             # block all other chats.
@@ -754,7 +752,7 @@ async def checked_chunks(
         raise known from known.__cause__
     finally:
         await stream.aclose()
-    check_end(model, stream, answered, for_log)
+    check_end(model, stream, answered)
 
 
 def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
@@ -776,7 +774,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
         call.id = f"{reply_id}{call.index}"[-9:]
 
 
-def check_end(model: ProviderModel, stream: Any, answered: bool, for_log: str) -> None:
+def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
     """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
     LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
@@ -790,7 +788,8 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, for_log: str) -
     if reason == "length" and answered:
         raise ChatError(LONG_REPLY, model)
     if not model.canned_reply and reason in (None, FAILED_END):
-        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, ModelBehaviorError(for_log))
+        cause = ModelBehaviorError("the stream ended too early")
+        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, cause)
 
 
 class ProviderModels(ModelProvider):
@@ -1605,7 +1604,6 @@ def simplified(item: Any) -> Any:
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
     the calls that follow, and keep their reasoning.
     """
-    item = {**item}
     place = "content" if "role" in item else "output"
     if place not in item:
         return item
@@ -1615,8 +1613,7 @@ def simplified(item: Any) -> Any:
     if item.get("role") == "assistant":
         content = [{"type": "output_text", "text": text}, *others] if text else others
         return {"type": "message", "id": "", **item, "content": content}
-    item[place] = [*parts_of(text), *others] if others else text
-    return item
+    return {**item, place: [*parts_of(text), *others] if others else text}
 
 
 def parts_of(content: Any) -> list[Any]:
@@ -1835,6 +1832,9 @@ def repair_libraries() -> None:
     """Change LiteLLM and uvicorn for the whole process. The start of the server calls this."""
     # Workaround (LiteLLM, no issue known): it prints "Give Feedback / Get Help" if a call fails.
     litellm.suppress_debug_info = True
+    # Workaround (LiteLLM, no issue known): it ends a stream after 100 equal chunks. A long table
+    # rule has more of them.
+    litellm.REPEATED_STREAMING_CHUNK_LIMIT = 2**63  # type: ignore[attr-defined]  # untyped
     # Workaround (LiteLLM, no issue known): if a provider reports no tokens, it downloads a
     # tokenizer to count them.
     litellm.disable_token_counter = True

@@ -105,11 +105,14 @@ CASES = {
     },
     # ---- Its answer is no reply
     "a web page": Case([Failure("html")], "NOT_UNDERSTOOD", ("gemini", "anthropic")),
-    # OpenAI's client has the text. A server of one's own is often in its format.
-    "a page in its place": Case([Failure("html")], "NOT_UNDERSTOOD", ("openai",), cause="Log in"),
+    # LiteLLM keeps the response of these. A server of one's own is often in OpenAI's format.
+    "a page in its place": Case([Failure("html")], "NOT_UNDERSTOOD", COMPATIBLE, cause="Log in"),
     "other JSON": Case([Failure("json")], "NOT_UNDERSTOOD", (*PROVIDERS, OPENROUTER)),
     "an error object": Case(
-        [Failure("endpoint")], "NOT_UNDERSTOOD", ("openai", OLLAMA), cause="Unexpected endpoint"
+        [Failure("endpoint")],
+        "NOT_UNDERSTOOD",
+        (*COMPATIBLE, OLLAMA),
+        cause="Unexpected endpoint",
     ),
     "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
