@@ -453,15 +453,15 @@ CUT_OFF = ErrorKind(
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
-# What providers say if the model takes no tools or not these settings, or if they do not serve
-# this country.
+# What providers say if the model takes no tools, not these settings or no images of tools, or if
+# they do not serve this country.
 NO_SETTING = (
     "support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d|invalid schema"
     "|function_declarations|unsupported.(parameter|value)|unknown parameter|response_format"
     "|argument (supplied|not supported)|is unsupported, did you mean|not enabled for models"
     "|`temperature`|max_tokens|top_p|reasoning_(effort|format)|thinking (budget|level|is not)"
     "|(adaptive|support) thinking|thinking.type|user location|has been (disabled|restricted)"
-    "|api version"
+    "|api version|messages with role"
 )
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",

@@ -319,6 +319,7 @@ TEXTS = """
     400 SETUP `temperature` is deprecated for this model.
     400 SETUP Function tools with reasoning_effort are not supported for gpt-5.6
     400 SETUP Invalid 'tools[0].function.name': string does not match pattern.
+    400 SETUP Image URLs are only allowed for messages with role 'user', but this message with role
     400 KEY_REFUSED Incorrect API key provided: x
     403 FILTERED Your chosen model requires moderation and your input was flagged
     404 REFUSED_MESSAGE No endpoints found that support image input
