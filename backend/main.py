@@ -438,7 +438,7 @@ TIMED_OUT = ErrorKind(
     classes=(TimeoutError,),
 )
 LONG_REPLY = ErrorKind(
-    "The reply reached the model's length limit, and ends here. Ask for the rest."
+    "The reply reached the model's length limit, and ends here. Ask for the rest, or for less."
 )
 EMPTY_REPLY = ErrorKind("The AI provider's reply was empty. Try again.", allow_retry=True)
 NOT_UNDERSTOOD = ErrorKind(
@@ -691,9 +691,10 @@ class ProviderModel(LitellmModel):
         if own == (default.reasoning, default.verbosity):
             model_settings = replace(model_settings, reasoning=None, verbosity=None)
         told = model_input(input, self.model)
-        kinds = [*takewhile(lambda kind: kind != "user", map(kind_of, reversed(told)))]
-        if "claude" in self.model and "function_call" in kinds and "reasoning" not in kinds:
-            # A Claude that thinks does not go on after calls without a thought: another model's.
+        kinds = list(takewhile(lambda kind: kind != "user", map(kind_of, reversed(told))))
+        has_calls_without_thought = "function_call" in kinds and "reasoning" not in kinds
+        if "claude" in self.model and has_calls_without_thought:
+            # A Claude that thinks does not go on after these. They are another model's.
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
         supported = litellm.get_supported_openai_params(self.model)
@@ -785,7 +786,7 @@ def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
         reason = core_helpers.map_finish_reason(reason)
     if reason == "content_filter":
         raise ChatError(FILTERED_REPLY if answered else FILTERED, model)
-    if reason == "length" and answered:
+    if reason == "length":
         raise ChatError(LONG_REPLY, model)
     if not model.canned_reply and reason in (None, FAILED_END):
         cause = ModelBehaviorError("the stream ended too early")

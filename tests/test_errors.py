@@ -119,7 +119,7 @@ CASES = {
     "no byte": Case([Body(b"")], "NOT_UNDERSTOOD", ALL),
     "no text": Case([Finish()], "EMPTY_REPLY"),
     "only thoughts": Case([Thought("Hm."), Finish()], "EMPTY_REPLY"),
-    "no tokens left": Case([Finish("length")], "EMPTY_REPLY"),
+    "no tokens left": Case([Finish("length")], "LONG_REPLY"),
     "the prompt is filtered": Case([Finish("prompt")], "FILTERED"),
     "filtered at once": Case([Finish("filter")], "FILTERED"),
     # ---- The reply does not end well
