@@ -173,10 +173,11 @@ def message_of(main, name: str) -> str:
 
 def pattern(main, name: str, wire: str) -> str:
     """It fits the error's text, with what its {key} and {model} stand for and any {hint}."""
-    names = {"key": f"{wire.partition('/')[0].upper()}_API_KEY"}
+    provider = wire.partition("/")[0].upper()
+    base = "OPENAI_BASE_URL" if wire == "openai" else f"{provider.removesuffix('_CHAT')}_API_BASE"
+    names = {"key": f"{provider}_API_KEY", "hint": "" if wire == MISTRAL else f" Check {base}."}
     if wire in PROVIDERS:
-        address = {"openai": "OPENAI_BASE_URL"}.get(wire, f"{wire.upper()}_API_BASE")
-        names |= {"model": main.litellm_name(wire, "auto"), "hint": f" Check {address}."}
+        names["model"] = main.litellm_name(wire, "auto")
     text = re.escape(message_of(main, name))
     return re.sub(r"\\{(\w+)\\}", lambda match: names.get(match[1], ".*"), text)
 
