@@ -97,7 +97,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator, Container, Iterator
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -257,8 +257,9 @@ class Table:
         """Add the object, or replace the one with its id in place."""
         self.rows.setdefault(owner, {})[value.id] = (type(value), value.model_dump_json())
 
-    def delete(self, owner: str, id: str) -> None:
-        self.rows.get(owner, {}).pop(id, None)
+    def delete(self, owner: str, id: str) -> object:
+        """Return what was deleted, or None."""
+        return self.rows.get(owner, {}).pop(id, None)
 
     async def page(self, owner: str, after: str | None, limit: int, order: str) -> Page[Any]:
         """Return at most `limit` rows after that id."""
@@ -312,9 +313,7 @@ class MemoryStore(Store[Context]):
         return await self._threads.page(context.get("user_id", ""), after, limit, order)
 
     async def delete_thread(self, thread_id: str, context: Context) -> None:
-        with suppress(NotFoundError):
-            await self.load_thread(thread_id, context)
-            self._threads.delete(context.get("user_id", ""), thread_id)
+        if self._threads.delete(context.get("user_id", ""), thread_id):
             del self._items.rows[thread_id]
 
     async def load_thread_items(
@@ -374,7 +373,7 @@ def litellm_name(provider: str, model: str) -> str:
     """Return LiteLLM's name for the model, "provider/model". Stops the start if there is none."""
     if model == "auto":
         model = DEFAULT_MODELS.get(provider, "")
-    if not model or provider not in [*DEFAULT_MODELS, *litellm.provider_list]:
+    if not model or provider not in ["mock", *litellm.provider_list]:
         raise SystemExit(
             f"PROVIDER={provider!r} must be one of {', '.join(DEFAULT_MODELS)}, or, with MODEL, a"
             " provider that LiteLLM has."
@@ -551,10 +550,10 @@ CHAT_ERRORS = [  # the first that fits is the one
     # LiteLLM could not read what it got.
     replace(NOT_UNDERSTOOD, classes=(ValueError, KeyError)),
 ]
-# Once a part of the reply was shown, an error that is none of AFTER_TEXT counts as CUT_OFF.
 FILTERED_REPLY = replace(
     FILTERED, message=f"{FILTERED.message} The reply is not complete.", is_left_out=False
 )
+# Once a part of the reply was shown, an error that is none of these counts as CUT_OFF.
 AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
 
@@ -579,8 +578,8 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
     causes: list[BaseException] = [error]
     status, said = 0, ""
     for cause in causes:  # the loop appends the inner ones: the innermost status is the provider's
-        code = getattr(cause, "status_code", None)
-        status = code if isinstance(code, int) else status  # a few have a text there
+        if isinstance(code := getattr(cause, "status_code", None), int):  # a few have a text there
+            status = code
         said += f"{cause} {getattr(cause, 'body', '')} "
         inner = cause.__cause__ or cause.__context__
         if inner and inner not in causes:
@@ -602,16 +601,14 @@ def log_error(error: Exception) -> None:
         logger.error("%s%s", error.message, cause)
 
 
-SECRET_NAMES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
-
-
 def described(error: BaseException) -> str:
     """Return the error's class, status, code and 300 characters of its message, on one line.
 
     Some providers repeat the key: asterisks take its place.
     """
     text = str(error)
-    values = [value for name, value in os.environ.items() if name.endswith(SECRET_NAMES)]
+    endings = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+    values = [value for name, value in os.environ.items() if name.endswith(endings)]
     for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
         if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
             text = text.replace(secret, "***")
@@ -684,17 +681,16 @@ class ProviderModel(LitellmModel):
             turn.model = self
         if self.missing_keys and self.provider in DEFAULT_MODELS:
             raise ChatError(NO_KEY, self)
-        # An agent that was made without a model has the reasoning effort and the verbosity of
-        # OpenAI's default model. Equal settings of your own are dropped with them.
-        default = get_default_model_settings()
-        own = (model_settings.reasoning, model_settings.verbosity)
-        if own == (default.reasoning, default.verbosity):
-            model_settings = replace(model_settings, reasoning=None, verbosity=None)
         told = model_input(input, self.model)
+        # An agent that was made without a model has the reasoning effort and the verbosity of
+        # OpenAI's default model. The same effort is dropped if you chose both.
+        default = get_default_model_settings()
+        chosen = (model_settings.reasoning, model_settings.verbosity)
+        is_default = chosen == (default.reasoning, default.verbosity)
+        # A Claude that thinks refuses to go on after calls without a thought: another model's.
         kinds = list(takewhile(lambda kind: kind != "user", map(kind_of, reversed(told))))
-        has_calls_without_thought = "function_call" in kinds and "reasoning" not in kinds
-        if "claude" in self.model and has_calls_without_thought:
-            # A Claude that thinks does not go on after these. They are another model's.
+        is_foreign = "function_call" in kinds and "reasoning" not in kinds
+        if is_default or ("claude" in self.model and is_foreign):
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
         supported = litellm.get_supported_openai_params(self.model)
@@ -706,7 +702,7 @@ class ProviderModel(LitellmModel):
                 fetched = await fetch(system_instructions, told, settings, tools, *args, **kwargs)
         except Exception as error:
             known = chat_error_for(error, self)
-            raise known from known.__cause__
+            raise known
         if not kwargs["stream"]:
             return fetched
         response, chunks = fetched
@@ -750,7 +746,7 @@ async def checked_chunks(
             yield chunk
     except Exception as error:
         known = chat_error_for(error, model, answered)
-        raise known from known.__cause__
+        raise known
     finally:
         await stream.aclose()
     check_end(model, stream, answered)
@@ -801,10 +797,9 @@ class ProviderModels(ModelProvider):
     """
 
     def get_model(self, model_name: str | None) -> ProviderModel:
-        name = model_name or "auto"
-        if name == "auto":
+        if not model_name or model_name == "auto":
             return model
-        return make_model(name if "/" in name else litellm_name(PROVIDER, name))
+        return make_model(model_name if "/" in model_name else litellm_name(PROVIDER, model_name))
 
 
 def make_model(name: str) -> ProviderModel:
@@ -822,7 +817,7 @@ Events = AsyncIterator[ThreadStreamEvent]
 
 def as_sse(event: ThreadStreamEvent) -> bytes:
     """Return the event as chatkit sends it."""
-    return b"data: " + event.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n\n"
+    return f"data: {event.model_dump_json(by_alias=True, exclude_none=True)}\n\n".encode()
 
 
 HEARTBEAT = as_sse(ProgressUpdateEvent(text="Still working…"))
@@ -1072,9 +1067,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         told = []
         items = await self.newest_items(thread.id, context)
         for item in items:
-            marks = hidden_content(item, REFUSED_ITEMS)  # ids of older items
-            refused.extend(marks)
-            if not marks and item.id not in refused:
+            if ids := hidden_content(item, REFUSED_ITEMS):  # of older items
+                refused += ids
+            elif item.id not in refused:
                 told.append(item)
         while told and told[-1].type != "user_message":
             told.pop()
@@ -1140,10 +1135,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
-            # A turn may begin while we wait: it would save a deleted thread again.
-            while running := [turn for turn in self.turns_of(thread_id) if not turn.stopped]:
-                await stop_turns(running)
-            await wait_until_ended(self.turns_of(thread_id))
+            for _ in range(3):  # a turn may begin meanwhile, and would save a deleted thread again
+                await stop_turns(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
             # A running turn may save its thread, and would bring the old title back.
@@ -1164,8 +1157,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """
         items = await self.newest_items(thread_id, context)
         calls = [item for item in items if item.type == "client_tool_call"]
-        is_pending = calls and calls[0].status == "pending"
-        require(is_pending, "No client tool call is pending in this thread.")
+        require(
+            calls and calls[0].status == "pending", "No client tool call is pending in this thread."
+        )
         place = items.index(calls[0])  # 0 if it is the newest item
         for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
             if place and (item is calls[0] or hidden_content(item, REMEMBERED_CALL)):
@@ -1223,8 +1217,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         To offer some, override this, and agent_for or run_config_for.
         """
-        chosen = options.model or (options.tool_choice and options.tool_choice.id)
-        require(not chosen, f"{chosen!s:.100} is not offered.")
+        require(not options.model and not options.tool_choice, "This choice is not offered.")
 
 
 # ---- Checks of a request
@@ -1396,7 +1389,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
         if isinstance(known, ChatError) and known.kind.is_left_out:
             refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question, *memory.hidden_ids])
             yield ThreadItemDoneEvent(item=refused)
-        raise known from known.__cause__
+        raise known
 
 
 # ---- Tool memory
@@ -1458,12 +1451,11 @@ class ToolMemory(RunHooks[Any]):
         if asked and (asked.name == tool.name or not self.client_call):
             self.client_call = call.call_id
 
-    def take_items(self, count: int) -> list[HiddenContextItem]:
-        """Return, once, what is to be stored after this number of the turn's messages."""
-        ready = [step for step in self.steps if step[0] <= count]
-        del self.steps[: len(ready)]
-        inputs = [self.remembered(step) for _, step in ready]
-        return [self.hidden_item(REMEMBERED_CALL, kept) for kept in inputs if kept]
+    def take_items(self, count: int) -> Iterator[HiddenContextItem]:
+        """Remove and yield what is to be stored after this number of the turn's messages."""
+        while self.steps and self.steps[0][0] <= count:
+            if kept := self.remembered(self.steps.pop(0)[1]):
+                yield self.hidden_item(REMEMBERED_CALL, kept)
 
     def remembered(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
@@ -1553,8 +1545,8 @@ class Converter(ThreadItemConverter):
         return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
     async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
-        text = f"{tag.text}: {as_json({**tag.data, 'id': tag.id})}"
-        return {"type": "input_text", "text": text}
+        data = {**tag.data, "id": tag.id}
+        return {"type": "input_text", "text": f"{tag.text}: {as_json(data)}"}
 
     async def hidden_context_to_input(self, item: HiddenContextItem) -> Any:
         if remembered := hidden_content(item, REMEMBERED_CALL):
@@ -1612,9 +1604,9 @@ def simplified(item: Any) -> Any:
     text = "\n\n".join(part["text"] for part in parts if part.get("text", "").strip())
     others = [part for part in parts if "text" not in part]
     if item.get("role") == "assistant":
-        content = [{"type": "output_text", "text": text}, *others] if text else others
-        return {"type": "message", "id": "", **item, "content": content}
-    return {**item, place: [*parts_of(text), *others] if others else text}
+        texts = [{"type": "output_text", "text": text}] if text else []
+        return {"type": "message", "id": "", **item, "content": texts + others}
+    return {**item, place: parts_of(text) + others if others else text}
 
 
 def parts_of(content: Any) -> list[Any]:
@@ -1717,7 +1709,7 @@ async def request_context(request: Request) -> Context:
 RequestContext = Annotated[Context, Depends(request_context)]
 
 
-async def request_body(request: Request) -> bytes:
+async def request_body(request: Request) -> bytearray:
     """Return the body. Raises HTTPException (413) as soon as it exceeds MAX_BODY_BYTES."""
     body = bytearray()
     with suppress(ClientDisconnect):  # half a request is no JSON: nobody reads the answer
@@ -1725,7 +1717,7 @@ async def request_body(request: Request) -> bytes:
             body += chunk
             if len(body) > MAX_BODY_BYTES:
                 raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes.")
-    return bytes(body)
+    return body
 
 
 class EventStream(StreamingResponse):
@@ -1859,11 +1851,10 @@ def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
     A reply that is cut off would seem to be complete.
     """
     parsed = parse_chunk(self, chunk)
-    if parsed is not None:
-        for choice, candidate in zip(parsed.choices, chunk.get("candidates", []), strict=False):
-            if not candidate.get("finishReason"):
-                choice.finish_reason = None
-        parsed.hidden_params["is_finished"] = any(choice.finish_reason for choice in parsed.choices)
+    for choice, candidate in zip(parsed.choices, chunk.get("candidates", []), strict=False):
+        if not candidate.get("finishReason"):
+            choice.finish_reason = None
+    parsed.hidden_params["is_finished"] = True  # LiteLLM reads it beside a finish_reason only
     return parsed
 
 
