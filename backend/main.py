@@ -104,6 +104,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import takewhile
 from typing import Annotated, Any
+from zlib import crc32
 
 import anyio
 import litellm
@@ -126,6 +127,7 @@ from agents import (
     Tool,
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
+    ToolTimeoutError,
     TResponseInputItem,
     Usage,
     UserError,
@@ -460,7 +462,7 @@ NO_SETTING = (
     "|argument (supplied|not supported)|is unsupported, did you mean|not enabled for models"
     "|`temperature`|max_tokens|top_p|reasoning_(effort|format)|thinking (budget|level|is not)"
     "|(adaptive|support) thinking|thinking.type|user location|has been (disabled|restricted)"
-    "|api version|messages with role"
+    "|api version|messages with role|thought_signature"
 )
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",
@@ -527,6 +529,7 @@ CHAT_ERRORS = [  # the first that fits is the one
     RATE_LIMIT,
     ErrorKind(
         "This server's rules do not allow this. Rephrase your message.",
+        is_left_out=True,
         classes=(
             *GUARDRAILS,
             ToolInputGuardrailTripwireTriggered,
@@ -566,6 +569,7 @@ class ChatError(CustomStreamError):
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
         message = kind.message.format(key=model.key_name, model=model.model, hint=model.hint)
         super().__init__(message, allow_retry=kind.allow_retry)
+        self.args = (message,)  # an agent that is a tool tells str(error) to the agent that asked
         self.kind = kind
         self.__cause__ = cause
 
@@ -573,7 +577,7 @@ class ChatError(CustomStreamError):
 def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = False) -> Exception:
     """Return a ChatError of the first of CHAT_ERRORS that fits, or the error itself."""
     is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
-    if isinstance(error, CustomStreamError) or is_bug_of_a_tool:
+    if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
         return error
     causes: list[BaseException] = [error]
     status, said = 0, ""
@@ -681,16 +685,14 @@ class ProviderModel(LitellmModel):
             turn.model = self
         if self.missing_keys and self.provider in DEFAULT_MODELS:
             raise ChatError(NO_KEY, self)
-        told = model_input(input, self.model)
+        told, is_begun_by_another = model_input(input, self.model)
         # An agent that was made without a model has the reasoning effort and the verbosity of
         # OpenAI's default model. The same effort is dropped if you chose both.
         default = get_default_model_settings()
         chosen = (model_settings.reasoning, model_settings.verbosity)
         is_default = chosen == (default.reasoning, default.verbosity)
-        # A Claude that thinks refuses to go on after calls without a thought: another model's.
-        kinds = list(takewhile(lambda kind: kind != "user", map(kind_of, reversed(told))))
-        is_foreign = "function_call" in kinds and "reasoning" not in kinds
-        if is_default or ("claude" in self.model and is_foreign):
+        # A Claude that thinks refuses to go on with a turn that another model has begun.
+        if is_default or ("claude" in self.model and is_begun_by_another):
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
         supported = litellm.get_supported_openai_params(self.model)
@@ -717,7 +719,7 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
-    reply_id = secrets.token_hex(4)
+    reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream.
@@ -727,7 +729,7 @@ async def checked_chunks(
         if kind.startswith(("text/html", "application/json")):
             with anyio.fail_after(MODEL_TIMEOUT):
                 await response.aread()
-            if "data:" not in response.text:
+            if not re.search('data:|"done"', response.text):  # some streams have a wrong type
                 raise ModelBehaviorError(response.text)
         while True:
             # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
@@ -767,8 +769,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
             indexes[call.index] = indexes.setdefault(call.id, new)
         call.index = indexes.get(call.index, call.index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
-        # Mistral takes ids of nine digits or letters.
-        call.id = f"{reply_id}{call.index}"[-9:]
+        call.id = f"call_{reply_id}_{call.index}"
 
 
 def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
@@ -1293,8 +1294,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
             case ThreadItemUpdatedEvent(item_id=id):
                 event.item_id = id_mapping.get(id, id)
             case ThreadItemDoneEvent(item=ClientToolCallItem() as item):
-                item.id = new_id("tool_call")
-                item.call_id = item.id[-9:]  # see repair_delta
+                item.call_id = item.id = new_id("tool_call")
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
             case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, FAKE_RESPONSES_ID):
@@ -1473,9 +1473,8 @@ class ToolMemory(RunHooks[Any]):
             id = call["call_id"]
             output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
-        told = [*reasoning, *kept, *answers] if kept else []
         # chatkit stores the client's call itself, after this item.
-        return told if kept == calls else told + reasoning
+        return [*reasoning, *kept, *answers] if calls else []
 
     def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
@@ -1556,19 +1555,27 @@ class Converter(ThreadItemConverter):
         return await super().hidden_context_to_input(item)
 
 
-def model_input(items: str | list[Any], model: str) -> list[Any]:
+def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
     """Return the model's input as every provider takes it.
 
+    Also return whether another model has called tools since the user's newest message.
+
     Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
-    refuses a user's message right after a tool's output. Some servers refuse a list in place of a
-    text. Some models refuse a tool call without their own reasoning.
+    refuses a user's message right after a tool's output. Some refuse to go on after the
+    assistant's message. Some servers refuse a list in place of a text. Some models refuse a tool
+    call without their own reasoning.
     """
     told: list[Any] = [{}]
+    is_begun_by_another = False
     for item in ItemHelpers.input_to_new_input_list(items):
         message = simplified(item)
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
-        is_own = message.get("provider_data", {}).get("model", model) == model
+        origin = message.get("provider_data", {})
+        is_own = origin.get("model", model) == model
+        if kind == "reasoning" and "claude" in model and "thinking_blocks" not in origin:
+            is_own = False  # OpenRouter gives it without its signature
+        is_begun_by_another = kind != "user" and (is_begun_by_another or not is_own)
         if is_empty or (kind == "reasoning" and not is_own):
             continue
         while kind == "user" and kind_of(told[-1]) == "reasoning":
@@ -1583,7 +1590,9 @@ def model_input(items: str | list[Any], model: str) -> list[Any]:
             # A step of the model begins. Reasoning of its own, if it has some, replaces this.
             told.append({"type": "reasoning", "summary": [{"text": "-"}]})
         told.append(message)
-    return told[1:]
+    if kind_of(told[-1]) == "assistant":  # another turn's reply, or an action after a reply
+        told.append({"role": "user", "content": "Go on."})
+    return told[1:], is_begun_by_another
 
 
 def kind_of(item: Any) -> Any:
@@ -1595,8 +1604,10 @@ def simplified(item: Any) -> Any:
     """Return the item without blank texts, as a string if it holds nothing but texts.
 
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
-    the calls that follow, and keep their reasoning.
+    the calls that follow, and keep their reasoning. Mistral takes ids of nine digits or letters.
     """
+    if "call_id" in item:
+        item = {**item, "call_id": f"{crc32(item['call_id'].encode()) % 10**9:09}"}
     place = "content" if "role" in item else "output"
     if place not in item:
         return item

@@ -125,7 +125,6 @@ def cpu_per_delta(main) -> list[float]:
         ours = (cpu(server.process.pid) - began) / deltas
         output = subprocess.check_output(program, env=server.environment, text=True)
     agents = float(output.split()[-1])
-    say(f"CPU seconds per delta: {ours:.6f}, openai-agents {agents:.6f}")
     return [ours / agents]
 
 
@@ -180,7 +179,6 @@ def start(main) -> list[float]:
         times = [timed(chats, server, 1) for _ in range(6)]
         server.stop()
     imports = timed(subprocess.run, [sys.executable, "-c", IMPORTS])
-    say(f"start {ours:.2f} s, the imports {imports:.2f} s, chats {[round(t, 3) for t in times]} s")
     return [ours / imports, times[0] / statistics.median(times[1:])]
 
 

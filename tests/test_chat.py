@@ -137,7 +137,7 @@ def test_what_counts_as_an_answer(custom_chat, provider, main, tool):
 
 @one_provider
 def test_a_guardrail_takes_back_the_turn(custom_chat, provider, main):
-    """Its messages and its tool calls, but not the question."""
+    """Its messages and its tool calls. The question stays in the thread, and is not told again."""
     custom_chat.say("hello")
     before = custom_chat.debug()
     look = [Text("Let me see. "), ToolCall("clock")]
@@ -151,9 +151,9 @@ def test_a_guardrail_takes_back_the_turn(custom_chat, provider, main):
     says = [kind.message for kind in main.CHAT_ERRORS if {*kind.classes} >= GUARDRAILS]
     assert ([error.message], error.allow_retry) == (says, False)
     kept = custom_chat.debug()
-    assert kept[:-1] == before and kept[-1]["content"] == ["tell me"]
-    custom_chat.say("go on")
-    assert provider.requests[-1].messages[2:] == [("user", "tell me\n\ngo on")]
+    assert kept[:-2] == before and kept[-2]["content"] == ["tell me"]
+    custom_chat.say("go on")  # the guardrail would refuse the question again
+    assert provider.requests[-1].messages[2:] == [("user", "go on")]
 
 
 async def test_a_guardrail_takes_back_an_unfinished_message(main, provider):
@@ -169,7 +169,7 @@ async def test_a_guardrail_takes_back_an_unfinished_message(main, provider):
         if b'"one "' in event:
             streams.set()
             silence.end.set()
-    assert [item.type for item in await local.items()] == ["user_message"]
+    assert [item.type for item in await local.items()] == ["user_message", "hidden_context_item"]
 
 
 # ---- Threads ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from agents import ModelSettings, ModelTracing
+from agents import ModelSettings, ModelTracing, ToolTimeoutError
 
 from client import Chat, error_of, leave, load_main, text_of, texts
 from conftest import PROVIDERS
@@ -61,10 +61,10 @@ def end_of_gemini(reason: str) -> Raw:
 
 
 def refusal(message: str, **error) -> list:
-    body = {"type": "error", "error": {"message": message, **error}}
-    return [Body(body, 400)]
+    return [Body({"type": "error", "error": {"message": message, **error}}, 400)]
 
 
+HALF = "The first half"
 USAGE = Raw(sse({"usageMetadata": Gemini.usage}))
 HALVES = [Text("The first "), Text("half")]
 EXPIRED = refusal("It has expired.", code=400, details=[{"reason": "API_KEY_INVALID"}])
@@ -109,10 +109,7 @@ CASES = {
     "a page in its place": Case([Failure("html")], "NOT_UNDERSTOOD", COMPATIBLE, cause="Log in"),
     "other JSON": Case([Failure("json")], "NOT_UNDERSTOOD", (*PROVIDERS, OPENROUTER)),
     "an error object": Case(
-        [Failure("endpoint")],
-        "NOT_UNDERSTOOD",
-        (*COMPATIBLE, OLLAMA),
-        cause="Unexpected endpoint",
+        [Failure("endpoint")], "NOT_UNDERSTOOD", (*COMPATIBLE, OLLAMA), cause="Unexpected end"
     ),
     "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
@@ -124,7 +121,7 @@ CASES = {
     "filtered at once": Case([Finish("filter")], "FILTERED"),
     # ---- The reply does not end well
     "filtered": Case([*HALVES, Finish("filter")], "FILTERED_REPLY", kept="The first half"),
-    "the length limit": Case([*HALVES, Finish("length")], "LONG_REPLY", ALL, "The first half"),
+    "the length limit": Case([*HALVES, Finish("length")], "LONG_REPLY", ALL, HALF),
     "dropped": cut([*HALVES, Cut()], tuple(PROVIDERS)),
     "an error": cut([*HALVES, Stream("server")], tuple(wire for wire in ALL if wire != OLLAMA)),
     "an error of Ollama": cut([*HALVES, Raw(b'{"error": "it has failed"}\n')], (OLLAMA,)),
@@ -142,10 +139,7 @@ CASES = {
         for reason in ("error", "network_error", "insufficient_system_resource")
     },
     "the limit of Mistral": Case(
-        [*HALVES, Raw(OpenAI({}).chunk({}, "model_length"))],
-        "LONG_REPLY",
-        COMPATIBLE,
-        "The first half",
+        [*HALVES, Raw(OpenAI({}).chunk({}, "model_length"))], "LONG_REPLY", (MISTRAL,), HALF
     ),
     # Neither call is run: its arguments may be incomplete, and others may have had to follow.
     "a call and no end": Case([ToolCall("clock"), Raw(b"")], "CUT_OFF"),
@@ -281,19 +275,18 @@ class Refused(Exception):  # as the libraries of providers raise it
 
 
 CHAINS = [  # the innermost error first
-    ("RATE_LIMIT", [Refused(429)]),
     ("RATE_LIMIT", [Refused(429), ValueError(), RuntimeError()]),
     ("TIMED_OUT", [TimeoutError(), ValueError(), RuntimeError()]),
     # The innermost status is the provider's own: LiteLLM may have made up the outer one.
     ("403", [Refused(403), Refused(429)]),
     ("RATE_LIMIT", [Refused(429), Refused(403)]),
-    ("RATE_LIMIT", [Refused(429), RuntimeError("node 40301 is busy")]),
     ("USED_UP", [Refused(429, body="insufficient_quota"), Refused(500)]),
     ("TIMED_OUT", [Refused(408)]),
     ("UNAVAILABLE", [Refused(599)]),
     ("UNAVAILABLE", [OSError()]),
     ("CUT_OFF", [ConnectionResetError(), OSError()]),
     ("SETUP", [TypeError()]),
+    ("", [TimeoutError(), ToolTimeoutError("slow", 60)]),  # a tool's own timeout
     ("", [RuntimeError("429")]),
     ("", [RuntimeError("one"), RuntimeError("two")] * 2),  # a circle
 ]
@@ -320,6 +313,7 @@ TEXTS = """
     400 SETUP `temperature` is deprecated for this model.
     400 SETUP Function tools with reasoning_effort are not supported for gpt-5.6
     400 SETUP Invalid 'tools[0].function.name': string does not match pattern.
+    400 SETUP Function call is missing a thought_signature in functionCall parts.
     400 SETUP Image URLs are only allowed for messages with role 'user', but this message with role
     400 KEY_REFUSED Incorrect API key provided: x
     403 FILTERED Your chosen model requires moderation and your input was flagged
@@ -365,7 +359,7 @@ def test_secrets_are_masked(main, monkeypatch):
 def test_no_key_is_named_if_another_may_count(tmp_path, name, more):
     """LiteLLM prefers GOOGLE_API_KEY to GEMINI_API_KEY; of other providers it knows more names."""
     main = load_main(tmp_path, {"PROVIDER": name, **more})
-    assert f"the credentials for {name}" in main.ChatError(main.NO_KEY, main.model).message
+    assert f"the credentials for {name}" in str(main.ChatError(main.NO_KEY, main.model))
 
 
 # ---- What single providers need
@@ -384,6 +378,12 @@ def test_tokens_that_the_provider_does_not_report(servers, provider, wire):
     assert texts(chat.say("please")) == ["The first "]
     line = server.wait_for(f"thread={chat.thread_id} ").split(chat.thread_id)[1].split("\n")[0]
     assert line.endswith("input_tokens=- output_tokens=-")
+
+
+@pytest.mark.parametrize("wire", ["openai", GROQ, OLLAMA])
+def test_a_stream_with_a_wrong_type(servers, monkeypatch, wire):
+    monkeypatch.setattr(FORMATS[wire], "type", "application/json")
+    assert texts(Chat(servers(wire).url).say("hello")) == ["You said: hello"]
 
 
 def test_an_id_that_begins_like_a_prefix(servers, provider):

@@ -294,8 +294,8 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     provider.script["think"] = [look, [Thought("I know."), Text("Yes.")]]
     chat.say("think")
     asked = json.dumps(provider.requests[0].body)
-    assert '"low"' in asked
-    assert ('"includeThoughts": true' in asked) == (provider_name == "gemini")
+    shows = '"includeThoughts": true' in asked
+    assert '"low"' in asked and shows == (provider_name == "gemini")
     _, workflow, reply = chat.items()
     thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
     assert thoughts == ["Let me think.", "I know."]
@@ -373,11 +373,9 @@ def instructions(provider) -> list[str]:
 def test_a_hand_off(recipe, provider, main):
     """Who took over goes on, until it hands back."""
     chat = Chat(recipe("hand_off", "openai").url)
-    provider.script["my invoice is wrong"] = [
-        [Text("One moment. "), ToolCall("transfer_to_billing")],
-        [Text("Which number has it?")],
-    ]
-    assert texts(chat.say("my invoice is wrong")) == ["One moment. ", "Which number has it?"]
+    first = [Text("One moment. "), ToolCall("transfer_to_billing")]
+    provider.script["my invoice is wrong"] = [first, [Text("Which one?")]]
+    assert texts(chat.say("my invoice is wrong")) == ["One moment. ", "Which one?"]
     back = ToolCall(Handoff.default_tool_name(main.server.agent))
     provider.script["thanks"] = [[back], [Text("Anything else?")]]
     for text in ("the number is 7", "thanks", "no"):
@@ -458,15 +456,13 @@ def test_a_login_by_cookie(recipe, provider):
             assert "www-authenticate" not in response.headers
 
 
-@pytest.mark.parametrize(
-    ("unsafe", "says"),
-    [
-        ({"ALLOWED_ORIGINS": "*"}, "With ALLOWED_ORIGINS=* any web page could"),
-        ({"SESSION_SECRET": "short"}, "SESSION_SECRET needs 32 characters"),
-    ],
-)
-def test_a_login_that_is_not_safe_does_not_start(tmp_path, unsafe, says):
-    environment = {"PROVIDER": "mock", **LOGIN, **unsafe}
+UNSAFE = [("ALLOWED_ORIGINS", "*", "With ALLOWED_ORIGINS=* any web page could")]
+UNSAFE += [("SESSION_SECRET", "short", "SESSION_SECRET needs 32 characters")]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), UNSAFE)
+def test_a_login_that_is_not_safe_does_not_start(tmp_path, name, value, says):
+    environment = {"PROVIDER": "mock", **LOGIN, name: value}
     server = Server(tmp_path, environment, EXAMPLES / "login.py", fork=True)
     assert server.process.wait(60) == 1
     server.reader.join(10)

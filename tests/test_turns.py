@@ -91,8 +91,7 @@ async def test_a_message_that_arrives_before_the_stop(main, provider, database):
     free.set()
     assert done(await next_turn)
     kinds = ["user_message", "assistant_message"]
-    kinds = [*kinds, "sdk_hidden_context", *kinds]
-    assert [item.type for item in await local.items()] == kinds
+    assert [item.type for item in await local.items()] == [*kinds, "sdk_hidden_context", *kinds]
 
 
 @one_provider

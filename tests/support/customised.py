@@ -217,7 +217,7 @@ THINKING = main.ModelSettings(reasoning=Reasoning(effort="low"))
 second = Agent("Second", instructions="You are the second agent.")
 agent.handoffs = [second]
 for name, model in json.loads(os.environ.get("OTHERS", "{}")).items():
-    settings = THINKING if name == "Claude" else main.ModelSettings()
+    settings = THINKING if "claude" in model else main.ModelSettings()
     agent.handoffs.append(Agent(f"Other {name}", model=model, model_settings=settings))
 agent.tools.append(second.as_tool("ask_second", "Ask the second agent."))
 agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["pick_colour", "last_card"])
@@ -236,12 +236,15 @@ main.server.run_config_for = run_config_for
 
 
 async def act(thread, action, sender, context):
-    """What a click on a widget does."""
     if action.type == "refuse":
         raise CustomStreamError("You cannot do this now.", allow_retry=False)
     if action.type == "break":
         raise ZeroDivisionError("a bug in an action")
-    yield hidden(thread, "You clicked.")
+    if action.type == "respond":
+        async for event in main.server.respond(thread, None, context):
+            yield event
+    else:
+        yield hidden(thread, "You clicked.")
 
 
 main.server.action = act

@@ -590,6 +590,14 @@ def mistral(body: dict) -> str:
     return ""
 
 
+def unsigned(body: dict) -> str:
+    """OpenRouter with a Claude. Its thoughts are in reasoning_details, which LiteLLM drops."""
+    lists = [m["content"] for m in body["messages"] if isinstance(m.get("content"), list)]
+    thoughts = [part for parts in lists for part in parts if "thinking" in part]
+    is_signed = all("signature" in thought for thought in thoughts)
+    return "" if is_signed else "thinking.signature: Field required"
+
+
 def kimi(body: dict) -> str:
     """Kimi and DeepSeek, while they think: each call comes with its reasoning."""
     thinks = not re.match("deepseek-chat|moonshot-v1", body["model"])
@@ -603,7 +611,7 @@ def kimi(body: dict) -> str:
 # By the first part of the path. A test may change `provider.rules`; it is reset after each.
 RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
     "openai": (),
-    "openrouter": (),
+    "openrouter": (unsigned,),
     "own": (),  # for OPENAI_BASE_URL
     "groq": (groq,),
     "mistral": (mistral,),
