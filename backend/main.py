@@ -47,8 +47,8 @@ from dotenv import dotenv_values, load_dotenv
 
 # ---- Environment ---------------------------------------------------------------------------------
 
-# Importing this file changes environment variables, here, and nothing else of the process. All
-# other such changes are in `repair_libraries`, which the start of the server calls.
+# Importing this file changes environment variables, here, and nothing else of the process.
+# `repair_libraries` changes the rest, when the server starts.
 
 FOLDER = Path(__file__).resolve().parent
 ROOT_DIR = FOLDER.parent
@@ -59,7 +59,7 @@ DEFAULTS = {
     # LiteLLM would download its price map, and a list of headers.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_OFFLINE_MODE": "True",
-    # LiteLLM would look for a .env file of its own, and set the blank variables in it.
+    # LiteLLM would load a .env file by itself, with its blank variables.
     "LITELLM_MODE": "PRODUCTION",
     # openai-agents would upload traces of every chat to OpenAI.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
@@ -185,20 +185,20 @@ INSTRUCTIONS = "You are a helpful assistant."  # CHANGE ME: what the agent is to
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
 TOOL_OUTPUT_LENGTH = 4_000  # characters of a tool's output that later turns are told
-TITLE_LENGTH = 60  # characters of its first message that name a thread
+TITLE_LENGTH = 60  # characters of a thread's title: the beginning of its first message
 MAX_BODY_BYTES = 1024 * 1024  # of a request
 MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
 MAX_PAGE = 100  # rows of a page, whatever the client asks for
 SILENCE_SECONDS = 15  # a stream sends a heartbeat after this time without an event
-STOP_SECONDS = 5  # turns run on so long after SIGTERM; a stopped turn has so long to end
+STOP_SECONDS = 5  # for turns to go on after SIGTERM, and for a stopped turn to end
 RETRY_SECONDS = 5  # a provider that asks for a longer wait is not asked again
-DISCONNECT_SECONDS = 0.05  # a new message waits so long for a stop that was sent just before
+LATE_STOP_SECONDS = 0.05  # a new message waits this long for a stop that was sent before it
 
 
 def setting(name: str, default: str, kind: Any = str) -> Any:
     """Return the environment variable as `kind`; a blank one counts as unset.
 
-    An invalid one stops the start with one line.
+    An invalid one ends the program with one line.
     """
     text = os.getenv(name, "").strip() or default
     try:
@@ -208,7 +208,7 @@ def setting(name: str, default: str, kind: Any = str) -> Any:
 
 
 def parse_tokens(text: str) -> dict[str, str]:
-    """Return {token: user} for "user:token,user:token". Any other text stops the start."""
+    """Return {token: user} for "user:token,user:token". Any other text ends the program."""
     tokens = {}
     for entry in text.split(",") if text else []:
         # A token is printable ASCII without a colon, so that it fits into a header.
@@ -223,7 +223,8 @@ def parse_tokens(text: str) -> dict[str, str]:
 
 PROVIDER = setting("PROVIDER", "gemini").lower()
 MODEL = setting("MODEL", "auto")
-MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)  # seconds without a chunk
+# The longest wait for the model's response, and then for each chunk, in seconds.
+MODEL_TIMEOUT = setting("MODEL_TIMEOUT", "120", PositiveFloat)
 HOST = setting("HOST", "0.0.0.0")
 PORT = setting("PORT", "8000", Annotated[int, Field(gt=0, lt=65_536)])
 ALLOWED_ORIGINS = [
@@ -241,12 +242,12 @@ ChatContext = AgentContext[Context]
 class Table:
     """Rows in the order in which they were added, as JSON: callers share no object with the store.
 
-    Each has an owner: its user, or the thread of an item. Raises NotFoundError for an unknown id.
+    A row's owner is its user, or an item's thread. Raises NotFoundError for an unknown id.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.rows: dict[str, dict[str, tuple[Any, str]]] = {}  # by owner, by id: class and JSON
+        self.rows: dict[str, dict[str, tuple[Any, str]]] = {}  # rows[owner][id] = (class, JSON)
 
     def load(self, owner: str, id: str) -> Any:
         rows = self.rows.get(owner, {})
@@ -282,7 +283,7 @@ class MemoryStore(Store[Context]):
 
     tests/test_store.py is its contract. Users see their own threads and attachments only. Raises
     NotFoundError for what is missing; but a missing thread has an empty page of items, and
-    deleting twice is allowed, as in chatkit.
+    deleting twice is allowed.
     """
 
     def __init__(self) -> None:
@@ -362,7 +363,7 @@ def long_id(item_type: StoreItemType) -> str:
 
 # ---- Model ---------------------------------------------------------------------------------------
 
-# What MODEL=auto selects. Providers shut models down: gemini-2.0-flash, claude-3-sonnet-20240229.
+# What MODEL=auto selects. Change it if a provider shuts its model down, as gemini-2.0-flash was.
 DEFAULT_MODELS = {
     "gemini": "gemini-flash-latest",
     "openai": "gpt-4o",
@@ -372,7 +373,7 @@ DEFAULT_MODELS = {
 
 
 def litellm_name(provider: str, model: str) -> str:
-    """Return LiteLLM's name for the model, "provider/model". Stops the start if there is none."""
+    """Return LiteLLM's name for the model, "provider/model". Without one, the program ends."""
     if model == "auto":
         model = DEFAULT_MODELS.get(provider, "")
     if not model or provider not in ["mock", *litellm.provider_list]:
@@ -388,7 +389,7 @@ def litellm_name(provider: str, model: str) -> str:
 
 def address_variable(provider: str) -> str:
     """Return the name of the environment variable that gives the provider's address, or ""."""
-    prefix = provider.removesuffix("_chat").upper()  # ollama_chat and ollama share theirs
+    prefix = provider.removesuffix("_chat").upper()  # ollama_chat has ollama's
     names = [f"{prefix}_BASE_URL", f"{prefix}_API_BASE"]
     return next((name for name in names if os.getenv(name)), "")
 
@@ -403,13 +404,13 @@ class ErrorKind:
 
     message: str  # may name the {key}, the {model} and the {hint}
     allow_retry: bool = False
-    is_left_out: bool = False  # whether later turns leave out what the turn was about
+    is_left_out: bool = False  # whether later turns leave out the message that led to it
     statuses: Container[int] = ()
     classes: tuple[type[Exception], ...] = ()
     words: str = ""
 
 
-# chatkit takes back a turn's messages for these.
+# For these, chatkit removes the turn's messages.
 GUARDRAILS = (InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered)
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
@@ -454,9 +455,9 @@ CUT_OFF = ErrorKind(
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
-# What providers say if the model takes no tools, not these settings or no images of tools, or if
-# they do not serve this country.
-NO_SETTING = (
+# What providers say if the model does not take tools, their images or a setting, or if they do not
+# serve this country.
+SETTING_WORDS = (
     "support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d|invalid schema"
     "|function_declarations|unsupported.(parameter|value)|unknown parameter|response_format"
     "|argument (supplied|not supported)|is unsupported, did you mean|not enabled for models"
@@ -475,7 +476,7 @@ SETUP = ErrorKind(
         AttributeError,
         NameError,
     ),
-    words=NO_SETTING,
+    words=SETTING_WORDS,
 )
 UNAVAILABLE = ErrorKind(
     "The AI provider is unavailable. Try again later.{hint}",
@@ -495,12 +496,12 @@ UNKNOWN_MODEL = (
     "The AI provider does not know the model {model}, or does not let you use it. Check MODEL."
 )
 KEY_REFUSED = "The AI provider refused the key. Check {key}."
-NO_QUOTA = (
+QUOTA_WORDS = (
     "insufficient_quota|credit balance is too low|per.?day|limit: 0|api usage limits|billing_"
     "|billing hard limit|spend(ing)? (cap|limit)|credits are depleted|ly usage limit"
     "|key limit exceeded|credits or licenses|used all available credits"
 )
-NO_MODEL = (
+MODEL_WORDS = (
     "model_not_found|invalid_model|valid model|model not exist|AccessDenied|model not found"
     '|is not found for API|no endpoints found for|"model: |LLM provider NOT provided'
     "|model \\S+ does not exist|not found, try pulling|' not found|was not found or your project"
@@ -509,8 +510,8 @@ NO_MODEL = (
 )
 CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=[402]),
-    ErrorKind(USED_UP, statuses=range(400, 600), words=NO_QUOTA),
-    ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=NO_MODEL),
+    ErrorKind(USED_UP, statuses=range(400, 600), words=QUOTA_WORDS),
+    ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=MODEL_WORDS),
     replace(REFUSED_MESSAGE, statuses=[404], words="image input"),
     ErrorKind(
         "The AI provider has nothing at this address. The server's log has the reason.{hint}",
@@ -581,7 +582,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
         return error
     causes: list[BaseException] = [error]
     status, said = 0, ""
-    for cause in causes:  # the loop appends the inner ones: the innermost status is the provider's
+    for cause in causes:  # the loop appends the inner ones, of which the last has the status
         if isinstance(code := getattr(cause, "status_code", None), int):  # a few have a text there
             status = code
         said += f"{cause} {getattr(cause, 'body', '')} "
@@ -598,7 +599,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
 def log_error(error: Exception) -> None:
     """Log the message that the person reads, and its cause, in one line.
 
-    chatkit logs the errors that have no message. A Store that logs its own sets `error.logged`.
+    chatkit logs the errors that have no message. A Store that has logged it sets `error.logged`.
     """
     cause = f" ({described(error.__cause__)})" if error.__cause__ else ""
     if isinstance(error, CustomStreamError) and not getattr(error, "logged", False):
@@ -624,13 +625,13 @@ def is_worth_a_retry(context: RetryPolicyContext) -> bool:
     """Decide whether openai-agents asks the provider again, once, before anything was shown."""
     kind = getattr(context.error, "kind", None)
     wait = context.normalized.retry_after or 0
-    if "retryDelay" in str(context.error.__cause__):  # Gemini's own header, seldom a short time
+    if "retryDelay" in str(context.error.__cause__):  # in Gemini's text, and seldom short
         return False
     return kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and wait <= RETRY_SECONDS
 
 
 def needs_reasoning(model: str) -> bool:
-    """Return whether the model, while it thinks, refuses a tool call without its reasoning.
+    """Return whether the model, if it thinks, must be given its reasoning with each tool call.
 
     Cerebras refuses any reasoning.
     """
@@ -687,7 +688,7 @@ class ProviderModel(LitellmModel):
             raise ChatError(NO_KEY, self)
         told, is_begun_by_another = model_input(input, self.model)
         # An agent that was made without a model has the reasoning effort and the verbosity of
-        # OpenAI's default model. The same effort is dropped if you chose both.
+        # OpenAI's default model. If you chose the same two, they are dropped, too.
         default = get_default_model_settings()
         chosen = (model_settings.reasoning, model_settings.verbosity)
         is_default = chosen == (default.reasoning, default.verbosity)
@@ -698,10 +699,11 @@ class ProviderModel(LitellmModel):
         supported = litellm.get_supported_openai_params(self.model)
         if tools and supported and "tools" not in supported:
             logger.warning("LiteLLM says that %s takes no tools. It leaves them out.", self.model)
-        fetch: Any = super()._fetch_response  # its overloads allow no *args
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
-                fetched = await fetch(system_instructions, told, settings, tools, *args, **kwargs)
+                fetched: Any = await super()._fetch_response(
+                    system_instructions, told, settings, tools, *args, **kwargs
+                )
         except Exception as error:
             known = chat_error_for(error, self)
             raise known
@@ -740,7 +742,7 @@ async def checked_chunks(
             if chunk is None:
                 break
             if not litellm.success_callback and not litellm.callbacks:
-                # LiteLLM keeps every chunk for these, 5 to 8 KB each. It needs the last two.
+                # LiteLLM keeps all chunks for callbacks, 5 to 8 KB each. It needs the last two.
                 del stream.chunks[:-2]
             for choice in chunk.choices:
                 repair_delta(choice.delta, reply_id, indexes)
@@ -760,7 +762,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
     `indexes` are those of the reply's tool calls, by their ids and by the indexes that came.
     """
     if delta.content:
-        # Half of a surrogate pair could be neither sent nor stored.
+        # A lone surrogate (half of an emoji) could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
@@ -775,8 +777,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
 def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
     """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
-    LiteLLM takes the end of any response for the end of the reply. Its canned replies have no
-    reason for their end.
+    LiteLLM takes an empty response for a complete reply. Its canned replies give no reason.
     """
     reason = stream.received_finish_reason
     if reason:
@@ -823,8 +824,12 @@ def as_sse(event: ThreadStreamEvent) -> bytes:
 
 HEARTBEAT = as_sse(ProgressUpdateEvent(text="Still working…"))
 DELETED = "This thread, or a part of it, was deleted meanwhile. Reload the page."
-STOPPED = "The server was stopped before the reply was complete. Try again in a moment."
-SERVER_STOPPED = as_sse(ErrorEvent(message=STOPPED, allow_retry=True))
+SERVER_STOPPED = as_sse(
+    ErrorEvent(
+        message="The server was stopped before the reply was complete. Try again in a moment.",
+        allow_retry=True,
+    )
+)
 
 
 @dataclass(eq=False)
@@ -851,7 +856,7 @@ class Turn:
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] = field(init=False)  # see `start`
     memory: ToolMemory | None = None  # None until the run has begun
-    question: list[str] = field(default_factory=list)  # ids of the messages that it answers
+    question_ids: list[str] = field(default_factory=list)  # of the messages that it answers
     model: ProviderModel = model  # the one that ran last
     outcome: str = "done"  # for the log: done, stopped or error
     stopped: bool = False
@@ -951,7 +956,6 @@ class Turn:
     def write_log_line(self) -> None:
         """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
         usage = self.memory.run.context_wrapper.usage if self.memory else Usage()
-        first_delta = f"{self.first_delta:.3f}s" if self.first_delta else "-"
         logger.info(
             "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
             " input_tokens=%s output_tokens=%s",
@@ -960,7 +964,7 @@ class Turn:
             self.model.provider,
             self.model.model,
             self.outcome,
-            first_delta,
+            f"{self.first_delta:.3f}s" if self.first_delta else "-",
             time.monotonic() - self.started,
             usage.input_tokens or "-",
             usage.output_tokens or "-",
@@ -980,7 +984,7 @@ def error_event(error: Exception) -> ErrorEvent:
 
 
 class ChatKitServerImpl(ChatKitServer[Context]):
-    """chatkit's server: `respond` answers, `process` refuses what could not be answered."""
+    """chatkit's server: `process` checks a request, `respond` answers it."""
 
     def __init__(
         self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
@@ -1012,8 +1016,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         turn = Turn.current.get()
         if thread.title is None and input:
             thread.title = message_text(input)[:TITLE_LENGTH] or None
-            # chatkit saves a changed thread after each event. This one lets it save the title now.
-            # Later, another process may have deleted the thread, and it would be saved again.
+            # chatkit saves a changed thread after an event: here, so that it does so now. Later,
+            # another process may have deleted the thread, and it would be saved again.
             yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
@@ -1078,8 +1082,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
             # The turn before was refused, too: an older message, still without an answer, may be
             # the cause.
-            question += takewhile(lambda item: item.type not in REPLIES, told[1:])
-        Turn.current.get().question = [item.id for item in question]
+            question += takewhile(lambda item: item.type not in REPLY_TYPES, told[1:])
+        Turn.current.get().question_ids = [item.id for item in question]
         return await self.converter.to_agent_input(told[::-1])
 
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
@@ -1130,7 +1134,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         except NotImplementedError:  # of chatkit, for what you have not written
             raise HTTPException(400, f"{parsed.type} is not supported.") from None
         except ValueError as error:
-            require(type(error) is not ValueError, str(error))  # pydantic's would quote a row
+            if type(error) is ValueError:  # pydantic's, which is another, shows what is stored
+                raise HTTPException(400, str(error)) from None
             raise
 
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
@@ -1147,7 +1152,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if is_streaming_req(request):
             # A user may stop a reply and send a message at once. The server may see the message
             # first: it waits, so that what was streamed is stored before it.
-            await wait_until_ended(turns, seconds=DISCONNECT_SECONDS)
+            await wait_until_ended(turns, seconds=LATE_STOP_SECONDS)
             await wait_until_ended([turn for turn in turns if turn.stopped])
 
     async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
@@ -1298,7 +1303,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
             case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, FAKE_RESPONSES_ID):
-                for id in given:  # a guardrail takes back every message of the turn
+                for id in given:  # a guardrail removes every message of the turn
                     yield ThreadItemRemovedEvent(item_id=id)
                 continue
         yield event
@@ -1351,7 +1356,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 case ThreadItemRemovedEvent(item_id=id):
                     unfinished.pop(id, None)
             yield event
-    except GUARDRAILS:  # the turn is taken back. The client never heard of the tool calls.
+    except GUARDRAILS:  # the turn's items are removed. The client never heard of the tool calls.
         context = memory.context
         for id in memory.hidden_ids:
             await context.store.delete_thread_item(context.thread.id, id, context.request_context)
@@ -1387,7 +1392,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
         known = chat_error_for(error, turn.model)
         log_error(known)
         if isinstance(known, ChatError) and known.kind.is_left_out:
-            refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question, *memory.hidden_ids])
+            refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question_ids, *memory.hidden_ids])
             yield ThreadItemDoneEvent(item=refused)
         raise known
 
@@ -1398,7 +1403,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
 REMEMBERED_CALL = "remembered_tool_call"
 REFUSED_ITEMS = "refused_items"
 # The types of items that answer a message, or that belong to an answer.
-REPLIES = ("assistant_message", "client_tool_call", "hidden_context_item")
+REPLY_TYPES = ("assistant_message", "client_tool_call", "hidden_context_item")
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
@@ -1435,7 +1440,7 @@ class ToolMemory(RunHooks[Any]):
                 self.outputs.setdefault(item["call_id"], item["output"])
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
-        # Not from the run's events: a stop drops those that chatkit has not read yet.
+        # Not from the run's events: a stop drops those that were not read yet.
         self.messages_completed += [output.type for output in response.output].count("message")
         self.steps.append((self.messages_completed, response.output))
 
@@ -1445,8 +1450,8 @@ class ToolMemory(RunHooks[Any]):
             return
         # The run's event comes only when all parallel calls have ended.
         self.outputs[call.call_id] = ItemHelpers.tool_call_output_item(call, result)["output"]
-        # A client tool sets `client_tool_call`. Parallel tools share the context: the call belongs
-        # to the tool of its name. If there is none, it belongs to the first tool that ends.
+        # A client tool sets `client_tool_call`. Parallel tools share the context: the tool with the
+        # name of that call has set it, or else the first one that ends.
         asked = self.context.client_tool_call
         if asked and (asked.name == tool.name or not self.client_call):
             self.client_call = call.call_id
@@ -1524,19 +1529,16 @@ def shortened(text: str) -> str:
 class Converter(ThreadItemConverter):
     """chatkit's conversion of thread items to the model's input, with its gaps closed."""
 
-    async def to_agent_input(self, thread_items: Any) -> list[TResponseInputItem]:
-        told: list[Any] = []
-        for item in thread_items if isinstance(thread_items, list) else [thread_items]:
-            # One at a time: an item that cannot be converted would fail every later turn. The
-            # error's text may hold what was said in the chat.
-            try:
-                told += await super().to_agent_input(item)
-            except Exception as error:
-                reason = type(error).__name__
-                logger.error("Item %s cannot be told to the model: %s", item.id, reason)
-                sentence = f"[Here is a {item.type} that cannot be shown to you.]"
-                told.append({"role": "user", "content": sentence})
-        return told
+    async def _thread_item_to_input_item(self, item: Any, is_last_message: bool = True) -> Any:
+        # chatkit tells the quote of the last message only: each counts as the last one.
+        try:
+            return await super()._thread_item_to_input_item(item)
+        except Exception as error:
+            # It would fail every later turn. The error's text may hold what was said in the chat.
+            reason = type(error).__name__
+            logger.error("Item %s cannot be told to the model: %s", item.id, reason)
+            sentence = f"[Here is a {item.type} that cannot be shown to you.]"
+            return [{"role": "user", "content": sentence}]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # The model trusts chatkit's tags of hidden items: a user's text must not hold them.
@@ -1734,7 +1736,7 @@ async def request_body(request: Request) -> bytearray:
 class EventStream(StreamingResponse):
     """The events of a turn, which is stopped when the client leaves.
 
-    Starlette then cancels the response. If it is just sending, it does not close the iterator.
+    Starlette then cancels the response, and closes the iterator only if it waits for an event.
     """
 
     async def stream_response(self, send: Send) -> None:
@@ -1849,7 +1851,7 @@ def repair_libraries() -> None:
     # in a thread, and Python warns that nobody awaits the result.
     unawaited = r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited"
     warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
-    # Workaround (LiteLLM 16651): it says "stop", a normal end, for these words of providers.
+    # Workaround (LiteLLM 16651): it reads these words of providers as "stop", a normal end.
     words: Any = core_helpers._FINISH_REASON_MAP
     words.update(dict.fromkeys(FAILURES, FAILED_END), model_length="length")
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
@@ -1872,7 +1874,7 @@ def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
 async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
     """Workaround (uvicorn, no issue known): it waits for the streams, and cancels them in the end.
 
-    The turns are stopped after STOP_SECONDS, so that each client gets a last event. It serves
+    The turns are stopped after STOP_SECONDS, so that each client gets a last event, with
     `python main.py`, `uvicorn main:app` and `--workers` alike.
     """
     loop = asyncio.get_running_loop()
@@ -1893,7 +1895,7 @@ def serve() -> None:
         app,
         host=HOST,
         port=PORT,
-        http="h11",  # it refuses headers of more than 64 KiB; httptools keeps what comes
+        http="h11",  # it refuses headers of more than 64 KiB; httptools has no limit
         timeout_graceful_shutdown=STOP_SECONDS + 5,
         workers=1,  # whatever WEB_CONCURRENCY says
     )
