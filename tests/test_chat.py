@@ -140,8 +140,7 @@ def test_a_guardrail_takes_back_the_turn(custom_chat, provider, main):
     """Its messages and its tool calls. The question stays in the thread, and is not told again."""
     custom_chat.say("hello")
     before = custom_chat.debug()
-    look = [Text("Let me see. "), ToolCall("clock")]
-    gate = Silence()
+    look, gate = [Text("Let me see. "), ToolCall("clock")], Silence()
     provider.script["tell me"] = [look, [Text("the forbidden word"), gate]]
     events = leave(custom_chat.start("tell me"), "nothing", {"forbidden": gate})
     shown = [event.item.id for event in events if event.type == "thread.item.added"]

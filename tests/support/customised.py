@@ -310,7 +310,6 @@ async def keep_image() -> str:
 
 @app.get("/collect")
 async def collect():
-    """Collect the garbage, so that what asyncio has to complain of comes into the log."""
     return gc.collect()
 
 
