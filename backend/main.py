@@ -1159,7 +1159,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Move the client tool call that is answered to the end of the thread.
 
         chatkit looks at the newest item alone, but a note or the reply of another turn may have
-        followed the call (chatkit-python pull request 123). Its reasoning stays before it.
+        followed the call (chatkit-python pull request 123). Its reasoning, which was stored after
+        it, comes before it.
         """
         items = await self.newest_items(thread_id, context)
         calls = [item for item in items if item.type == "client_tool_call"]
@@ -1167,7 +1168,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             calls and calls[0].status == "pending", "No client tool call is pending in this thread."
         )
         place = items.index(calls[0])  # 0 if it is the newest item
-        for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
+        for item in items[place - 1 : place + 1]:  # its reasoning, and then the call
             if place and (item is calls[0] or hidden_content(item, REMEMBERED_CALL)):
                 await self.store.delete_thread_item(thread_id, item.id, context)
                 await self.store.add_thread_item(thread_id, item, context)

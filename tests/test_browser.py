@@ -137,8 +137,11 @@ def test_the_token_is_asked_for(page, servers, provider):
 
 
 def test_a_client_tool_of_the_recipe(page, recipe):
-    page.goto(f"{recipe('client_tool', 'mock').url}/chatkit")
+    options_of_mine = "main.PAGE_OPTIONS = '{ api: { domainKey: 7 }, ' + main.PAGE_OPTIONS[1:]"
+    code = f"import main, client_tool\n{options_of_mine}\nmain.serve()"
+    page.goto(f"{recipe('tool', 'mock', code).url}/chatkit")
     expect(page.locator("#chat")).to_be_visible()
+    assert options(page)["api"]["domainKey"] == 7
     page.clock.set_fixed_time("2026-02-03T12:00:00Z")
     answer = page.evaluate("chat.options.onClientTool({ name: 'local_time', params: {} })")
     assert answer == {"time": page.evaluate("new Date().toString()")}

@@ -162,7 +162,7 @@ async def test_an_attachment_of_another_user(main):
     for request in (delete, send):
         with pytest.raises(NotFoundError, match="Attachment atc_1 not found"):
             await server.process(request, bob)
-    with pytest.raises(main.HTTPException, match=r"attachments\.create is not supported"):
+    with pytest.raises(main.HTTPException, match=r"400: attachments\.create is not supported"):
         await server.process(as_json("attachments.create", **IMAGE), alice)
     assert deleted == []
     assert b'"title"' not in b"".join([event async for event in await server.process(send, alice)])

@@ -49,13 +49,11 @@ agent.tools = []  # a copy may have tools of these names
 
 
 def tool(function, **options):
-    """Give the agent a tool."""
     agent.tools.append(function_tool(function, **options))
     return function
 
 
 def place(thread) -> dict:
-    """What every item has."""
     id = main.store.generate_item_id("message", thread, {})
     return {"id": id, "thread_id": thread.id, "created_at": datetime.now()}
 
@@ -94,7 +92,6 @@ async def give(what: str):
 
 @tool
 async def slow(ctx: Context) -> None:
-    """A tool that does not end by itself."""
     print(f"slow starts in {ctx.context.thread.id}", flush=True)
     await asyncio.Event().wait()
 
@@ -107,7 +104,6 @@ async def broken() -> None:
 
 @tool
 async def pick_colour(ctx: Context, hint: str, name: str = "pick_colour") -> str:
-    """Ask the browser for a colour, under this name or another."""
     ctx.context.client_tool_call = ClientToolCall(name=name, arguments={"hint": hint})
     return "asked"
 
@@ -294,7 +290,6 @@ app = main.app
 
 @app.post("/hidden/{thread_id}")
 async def add_hidden_item(thread_id: str, request: Request):
-    """Put a hidden item of the application's own into a thread."""
     thread = await main.server.store.load_thread(thread_id, {})
     item = hidden(thread, await request.json()).item
     await main.server.store.add_thread_item(thread_id, item, {})
