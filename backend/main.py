@@ -705,8 +705,7 @@ class ProviderModel(LitellmModel):
                     system_instructions, told, settings, tools, *args, **kwargs
                 )
         except Exception as error:
-            known = chat_error_for(error, self)
-            raise known
+            raise chat_error_for(error, self)
         if not kwargs["stream"]:
             return fetched
         response, chunks = fetched
@@ -749,8 +748,7 @@ async def checked_chunks(
                 answered |= bool(choice.delta.content or choice.delta.tool_calls)
             yield chunk
     except Exception as error:
-        known = chat_error_for(error, model, answered)
-        raise known
+        raise chat_error_for(error, model, answered)
     finally:
         await stream.aclose()
     check_end(model, stream, answered)
