@@ -853,7 +853,7 @@ class Turn:
     queue: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] = field(init=False)  # see `start`
-    memory: ToolMemory | None = None  # None until the run has begun
+    run: Any = None  # the RunResultStreaming, as soon as there is one
     question_ids: list[str] = field(default_factory=list)  # of the messages that it answers
     model: ProviderModel = model  # the one that ran last
     outcome: str = "done"  # for the log: done, stopped or error
@@ -903,8 +903,8 @@ class Turn:
             return
         self.stopped = True
         self.outcome = "stopped"
-        if self.memory:
-            self.memory.run.cancel()
+        if self.run:
+            self.run.cancel()
         if last_event:
             self.queue.put_nowait(last_event)
         timer = asyncio.get_running_loop().call_later(STOP_SECONDS, self.task.cancel)
@@ -928,12 +928,12 @@ class Turn:
                 raise  # `start` raises it
             self.put(error_event(error))
         finally:
-            if self.memory:
+            if self.run:
                 # After an error of the Store, chatkit does not end the run. After any error, its
                 # _merge_generators leaves a task that waits for one more event ("Task was destroyed
                 # but it is pending!"). No client gets this event.
-                self.memory.run.cancel()
-                await self.memory.context.stream(ProgressUpdateEvent(text=""))
+                self.run.cancel()
+                await self.run.context_wrapper.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
             self.write_log_line()
             self.queue.put_nowait(b"")
@@ -953,7 +953,7 @@ class Turn:
 
     def write_log_line(self) -> None:
         """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
-        usage = self.memory.run.context_wrapper.usage if self.memory else Usage()
+        usage = self.run.context_wrapper.usage if self.run else Usage()
         logger.info(
             "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
             " input_tokens=%s output_tokens=%s",
@@ -1020,20 +1020,19 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
         memory = ToolMemory(agent_context, self.forgotten_tools)
-        memory.run = Runner.run_streamed(
+        turn.run = Runner.run_streamed(
             await self.agent_for(thread, input, context),
             await self.history(thread, context),
             context=agent_context,
             hooks=memory,
             run_config=await self.run_config_for(thread, input, context),
         )
-        turn.memory = memory
         if turn.stopped:  # the stop came before the run
-            memory.run.cancel()
+            turn.run.cancel()
 
         # Each stage is a function further down, with one idea. What leaves the last one goes to
         # chatkit: it stores each item that is done, and then sends the event.
-        events = stream_agent_response(agent_context, memory.run)
+        events = stream_agent_response(agent_context, turn.run)
         events = with_unique_ids(events, agent_context)
         events = require_answer(events, turn)
         events = with_everything_stored(events, turn, memory)
@@ -1145,8 +1144,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if request.type == "threads.update":
             # A running turn may save its thread, and would bring the old title back.
             for turn in turns:
-                if turn.memory:
-                    turn.memory.context.thread.title = request.params.title
+                if turn.run:
+                    turn.run.context_wrapper.context.thread.title = request.params.title
         if is_streaming_req(request):
             # A user may stop a reply and send a message at once. The server may see the message
             # first: it waits, so that what was streamed is stored before it.
@@ -1424,7 +1423,6 @@ class ToolMemory(RunHooks[Any]):
 
     context: ChatContext
     forgotten_tools: set[str]
-    run: Any = None  # the RunResultStreaming, as soon as there is one
     messages_completed: int = 0  # of the model, in this turn
     # The steps that are not stored yet: the number of messages up to each, and what the model said.
     steps: list[tuple[int, Any]] = field(default_factory=list)
