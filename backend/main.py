@@ -1655,10 +1655,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 async def warm_up() -> None:
     """Do what the first chat of a process does: hundreds of imports, which take a second."""
-    unreachable = LitellmModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
-    settings = ModelSettings(extra_args={"max_retries": 0})
-    for unasked in (ProviderModel(model.model, canned_reply="Warm."), unreachable):
-        agent = Agent("Warm-up", model=unasked, model_settings=settings)
+    canned = ProviderModel(model.model, canned_reply="Warm.")
+    unreachable = ProviderModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
+    for unasked in (canned, unreachable):
+        agent = Agent("Warm-up", model=unasked)
         # Some providers' clients look for credentials on the network.
         with suppress(Exception), anyio.fail_after(5):
             async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
