@@ -1439,7 +1439,7 @@ class ToolMemory(RunHooks[Any]):
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that were not read yet.
         self.messages_completed += [output.type for output in response.output].count("message")
-        self.steps.append((self.messages_completed, response.output))
+        self.steps.append((self.messages_completed, response.to_input_items()))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1461,22 +1461,18 @@ class ToolMemory(RunHooks[Any]):
 
     def remembered(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
-        said = [
-            item.model_dump(mode="json", exclude_unset=True)
-            for item in step
-            if getattr(item, "name", "") not in self.forgotten_tools
-        ]
-        reasoning = [item for item in said if item["type"] == "reasoning"]
+        said = [item for item in step if item.get("name") not in self.forgotten_tools]
         calls = [item for item in said if item["type"] == "function_call"]
-        kept = [call for call in calls if call["call_id"] != self.client_call]
+        kept = [item for item in said if item["type"] == "reasoning"]
         answers = []
-        for call in kept:
-            call["arguments"] = as_arguments(call["arguments"])
+        for call in calls:
             id = call["call_id"]
+            if id == self.client_call:
+                continue  # chatkit stores it itself, after this item
             output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
+            kept.append({**call, "arguments": as_arguments(call["arguments"])})
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
-        # chatkit stores the client's call itself, after this item.
-        return [*reasoning, *kept, *answers] if calls else []
+        return kept + answers if calls else []
 
     def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
@@ -1491,11 +1487,9 @@ class ToolMemory(RunHooks[Any]):
 
 def as_text(output: Any) -> str:
     """Return a tool's output as text: images and files are not kept."""
-    if isinstance(output, str):
-        return output
     return "\n".join(
         part.get("text", f"[{part['type'].removeprefix('input_')}: it was not kept]")
-        for part in output
+        for part in parts_of(output)
     )
 
 
