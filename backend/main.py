@@ -701,7 +701,7 @@ class ProviderModel(LitellmModel):
             logger.warning("LiteLLM says that %s takes no tools. It leaves them out.", self.model)
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
-                fetched: Any = await super()._fetch_response(
+                fetched = await super()._fetch_response(
                     system_instructions, told, settings, tools, *args, **kwargs
                 )
         except Exception as error:
@@ -724,7 +724,7 @@ async def checked_chunks(
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream.
-        chunks: Any = stream.completion_stream
+        chunks = stream.completion_stream
         response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
         kind = response.headers.get("Content-Type", "") if response else ""
         if kind.startswith(("text/html", "application/json")):
@@ -989,7 +989,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     ) -> None:
         super().__init__(store, attachment_store)
         # CHANGE ME: the agent. Its tools: Agent(..., tools=[your_function_tool]).
-        self.agent: Agent[ChatContext] = Agent("Assistant", instructions=INSTRUCTIONS, model=model)
+        self.agent = Agent[ChatContext]("Assistant", instructions=INSTRUCTIONS, model=model)
         self.run_config = RunConfig(
             model_provider=ProviderModels(),
             model_settings=ModelSettings(
@@ -1335,7 +1335,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
     """
     unfinished: dict[str, ThreadItem] = {}  # by id
     messages_begun = 0
-    failure: Exception | None = None
+    failure = None
     try:
         async for event in events:
             if turn.stopped and event.type != "thread.item.removed":
@@ -1822,7 +1822,7 @@ FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", 
 FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
 FAILURES += ["UNEXPECTED_TOOL_CALL", "network_error", "insufficient_system_resource"]
 parse_chunk: Any = GeminiChunks.chunk_parser
-uvicorn_shutdown: Any = uvicorn.Server.shutdown
+uvicorn_shutdown = uvicorn.Server.shutdown
 
 
 def repair_libraries() -> None:
