@@ -831,7 +831,7 @@ SERVER_STOPPED = as_sse(
 
 
 @dataclass(eq=False)
-class Turn:
+class Turn(AsyncIterator[bytes]):
     """One streaming request. Three tasks take part in it:
 
         the response        __anext__, which returns what is in the queue
@@ -874,9 +874,6 @@ class Turn:
         await self.has_begun.wait()
         if self.task.done():
             self.task.result()
-
-    def __aiter__(self) -> Turn:
-        return self
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
