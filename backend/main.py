@@ -1252,7 +1252,7 @@ def count_values(value: Any) -> int:
     """Return how many JSON values there are in the value, with itself."""
     if isinstance(value, dict):
         value = list(value.values())
-    return 1 + sum(count_values(part) for part in value) if isinstance(value, list) else 1
+    return 1 + sum(map(count_values, value)) if isinstance(value, list) else 1
 
 
 async def stop_turns(turns: list[Turn], last_event: bytes = b"") -> None:
