@@ -1436,7 +1436,7 @@ class ToolMemory(RunHooks[Any]):
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # Not from the run's events: a stop drops those that were not read yet.
         self.messages_completed += [output.type for output in response.output].count("message")
-        self.steps.append((self.messages_completed, response.to_input_items()))
+        self.steps.append((self.messages_completed, response))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
         call = getattr(context, "tool_call", None)
@@ -1458,7 +1458,8 @@ class ToolMemory(RunHooks[Any]):
 
     def remembered(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
-        said = [item for item in step if item.get("name") not in self.forgotten_tools]
+        items = step.to_input_items()
+        said = [item for item in items if item.get("name") not in self.forgotten_tools]
         calls = [item for item in said if item["type"] == "function_call"]
         kept = [item for item in said if item["type"] == "reasoning"]
         answers = []
