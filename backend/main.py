@@ -1157,13 +1157,11 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         it, comes before it.
         """
         items = await self.newest_items(thread_id, context)
-        calls = [item for item in items if item.type == "client_tool_call"]
-        require(
-            calls and calls[0].status == "pending", "No client tool call is pending in this thread."
-        )
-        place = items.index(calls[0])  # 0 if it is the newest item
+        call: Any = next((item for item in items if item.type == "client_tool_call"), None)
+        require(call and call.status == "pending", "No client tool call is pending in this thread.")
+        place = items.index(call)  # 0 if it is the newest item
         for item in items[place - 1 : place + 1]:  # its reasoning, and then the call
-            if place and (item is calls[0] or hidden_content(item, REMEMBERED_CALL)):
+            if place and (item is call or hidden_content(item, REMEMBERED_CALL)):
                 await self.store.delete_thread_item(thread_id, item.id, context)
                 await self.store.add_thread_item(thread_id, item, context)
 
@@ -1524,8 +1522,7 @@ class Converter(ThreadItemConverter):
             return await super()._thread_item_to_input_item(item)
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
-            reason = type(error).__name__
-            logger.error("Item %s cannot be told to the model: %s", item.id, reason)
+            logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
             sentence = f"[Here is a {item.type} that cannot be shown to you.]"
             return [{"role": "user", "content": sentence}]
 
