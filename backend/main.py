@@ -455,16 +455,6 @@ CUT_OFF = ErrorKind(
     allow_retry=True,
     classes=(ConnectionResetError,),
 )
-# What providers say if the model does not take tools, their images or a setting, or if they do not
-# serve this country.
-SETTING_WORDS = (
-    "support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d|invalid schema"
-    "|function_declarations|unsupported.(parameter|value)|unknown parameter|response_format"
-    "|argument (supplied|not supported)|is unsupported, did you mean|not enabled for models"
-    "|`temperature`|max_tokens|top_p|reasoning_(effort|format)|thinking (budget|level|is not)"
-    "|(adaptive|support) thinking|thinking.type|user location|has been (disabled|restricted)"
-    "|api version|messages with role|thought_signature"
-)
 SETUP = ErrorKind(
     "This server is not set up for this. The server's log has the reason.",
     statuses=[400, 422],
@@ -476,7 +466,14 @@ SETUP = ErrorKind(
         AttributeError,
         NameError,
     ),
-    words=SETTING_WORDS,
+    # What providers say if the model does not take tools, their images or a setting, or if they do
+    # not serve this country.
+    words="support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d"
+    "|invalid schema|function_declarations|unsupported.(parameter|value)|unknown parameter"
+    "|response_format|argument (supplied|not supported)|is unsupported, did you mean"
+    "|not enabled for models|`temperature`|max_tokens|top_p|reasoning_(effort|format)"
+    "|thinking (budget|level|is not)|(adaptive|support) thinking|thinking.type|user location"
+    "|has been (disabled|restricted)|api version|messages with role|thought_signature",
 )
 UNAVAILABLE = ErrorKind(
     "The AI provider is unavailable. Try again later.{hint}",
