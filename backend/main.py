@@ -983,7 +983,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     ) -> None:
         super().__init__(store, attachment_store)
         # CHANGE ME: the agent. Its tools: Agent(..., tools=[your_function_tool]).
-        self.agent = Agent[ChatContext]("Assistant", instructions=INSTRUCTIONS, model=model)
+        self.agent: Agent[ChatContext] = Agent("Assistant", instructions=INSTRUCTIONS, model=model)
         self.run_config = RunConfig(
             model_provider=ProviderModels(),
             model_settings=ModelSettings(
