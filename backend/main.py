@@ -655,10 +655,9 @@ class ProviderModel(LitellmModel):
         self.provider = "mock" if canned_reply else model.partition("/")[0]
         address = "the base URL" if base_url else address_variable(self.provider)
         self.hint = f" Check {address}." if address else ""
-        key = f"{self.provider.upper()}_API_KEY"
         missing = litellm.validate_environment(model)["missing_keys"]
-        self.key_name = key
-        if key not in [*missing, *os.environ]:
+        self.key_name = f"{self.provider.upper()}_API_KEY"
+        if self.key_name not in [*missing, *os.environ]:
             self.key_name = f"the credentials for {self.provider}"
         self.missing_keys = [] if api_key or canned_reply or address else missing
         self.settings = ModelSettings(
@@ -1179,14 +1178,14 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if getattr(params, "limit", None):  # None and 0 are chatkit's default
             require(params.limit > 0, "limit must be at least 1.")
             params.limit = min(params.limit, MAX_PAGE)
-        if thread_id := getattr(params, "thread_id", None):
+        if thread_id := getattr(params, "thread_id", ""):
             status = (await self.store.load_thread(thread_id, context)).status
             says_something = kind in ("threads.add_user_message", "threads.retry_after_item")
             if says_something and status.type != "active":  # locked or closed by an application
                 raise HTTPException(409, status.reason or f"This thread is {status.type}.")
         item: Any = None
         if getattr(params, "item_id", None):  # an action may be about no item
-            item = await self.store.load_item(params.thread_id, params.item_id, context)
+            item = await self.store.load_item(thread_id, params.item_id, context)
         match kind:
             case "threads.create" | "threads.add_user_message":
                 message = params.input
@@ -1278,18 +1277,17 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
     overwrite the one before (chatkit-python issue 36). Items whose id comes from the store
     (workflows, widgets) keep it.
     """
-    new_id = agent_context.generate_id
     id_mapping = {}  # the model's id -> the newest of ours
     given = []
     async for event in events:
         match event:
             case ThreadItemAddedEvent(item=AssistantMessageItem() as item):
-                id_mapping[item.id] = item.id = new_id("message")
+                id_mapping[item.id] = item.id = agent_context.generate_id("message")
                 given.append(item.id)
             case ThreadItemUpdatedEvent(item_id=id):
                 event.item_id = id_mapping.get(id, id)
             case ThreadItemDoneEvent(item=ClientToolCallItem() as item):
-                item.call_id = item.id = new_id("tool_call")
+                item.call_id = item.id = agent_context.generate_id("tool_call")
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
             case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, FAKE_RESPONSES_ID):
