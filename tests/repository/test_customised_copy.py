@@ -73,8 +73,8 @@ async def request_context(request: Request) -> Context:
 
 
 RequestContext""",
-        # A workaround that was needed for an older LiteLLM.
-        "    # Workaround (LiteLLM, no issue known): a turn may be ... RuntimeWarning)\n": "",
+        # A workaround that only older Pythons need.
+        "    # Workaround (LiteLLM, no issue known): this finalizer ... lambda stream: None\n": "",
         'PAGE_OPTIONS = "{}"': 'PAGE_OPTIONS = "{ header: { enabled: false } }"',
     },
     ".env.example": {"PROVIDER=gemini": "PROVIDER=mistral\nBOATS=3"},
