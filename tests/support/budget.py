@@ -14,10 +14,10 @@ MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
 # The aim is 1,160 lines, 9,900 nodes, 8.4 nodes a line and 122 definitions. It is missed: what
 # providers demand of a conversation came on top. These are the figures that were reached.
 BUDGET = {
-    "code lines": 1320,  # without blank lines, comments and docstrings
-    "nodes": 10665,  # of the syntax tree
+    "code lines": 1280,  # without blank lines, comments and docstrings
+    "nodes": 10410,  # of the syntax tree
     "nodes a line": 8.4,
-    "definitions": 120,  # classes and functions, nested ones too
+    "definitions": 119,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
     "undocumented names": 12,
 }
