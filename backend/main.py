@@ -716,18 +716,18 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
+    whole = ""  # what came in place of a stream, for the log
     reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
-        # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream.
+        # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream. Both have a
+        # length, which a stream has not.
         chunks = stream.completion_stream
         response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
-        kind = response.headers.get("Content-Type", "") if response else ""
-        if kind.startswith(("text/html", "application/json")):
+        if response and "Content-Length" in response.headers:
             with anyio.fail_after(MODEL_TIMEOUT):
                 await response.aread()
-            if not re.search('data:|"done"', response.text):  # some streams have a wrong type
-                raise ModelBehaviorError(response.text)
+            whole = response.text
         while True:
             # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
             # block all other chats.
@@ -747,7 +747,7 @@ async def checked_chunks(
         raise chat_error_for(error, model, answered)
     finally:
         await stream.aclose()
-    check_end(model, stream, answered)
+    check_end(model, stream, answered, whole)
 
 
 def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
@@ -768,7 +768,7 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
         call.id = f"call_{reply_id}_{call.index}"
 
 
-def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
+def check_end(model: ProviderModel, stream: Any, answered: bool, whole: str) -> None:
     """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
     LiteLLM takes an empty response for a complete reply. Its canned replies give no reason.
@@ -781,7 +781,7 @@ def check_end(model: ProviderModel, stream: Any, answered: bool) -> None:
     if reason == "length":
         raise ChatError(LONG_REPLY, model)
     if not model.canned_reply and reason in (None, FAILED_END):
-        cause = ModelBehaviorError("the stream ended too early")
+        cause = ModelBehaviorError(whole or "the stream ended too early")
         raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, cause)
 
 
@@ -1131,7 +1131,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
-            for _ in range(3):  # a turn may begin meanwhile, and would save a deleted thread again
+            for _ in range(2):  # a turn may begin meanwhile, and would save a deleted thread again
                 await stop_turns(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
@@ -1149,14 +1149,13 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Move the client tool call that is answered to the end of the thread.
 
         chatkit looks at the newest item alone, but a note or the reply of another turn may have
-        followed the call (chatkit-python pull request 123). Its reasoning, which was stored after
-        it, comes before it.
+        followed the call (chatkit-python pull request 123). Its reasoning stays before it.
         """
         items = await self.newest_items(thread_id, context)
         call: Any = next((item for item in items if item.type == "client_tool_call"), None)
         require(call and call.status == "pending", "No client tool call is pending in this thread.")
         place = items.index(call)  # 0 if it is the newest item
-        for item in items[place - 1 : place + 1]:  # its reasoning, and then the call
+        for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
             if place and (item is call or hidden_content(item, REMEMBERED_CALL)):
                 await self.store.delete_thread_item(thread_id, item.id, context)
                 await self.store.add_thread_item(thread_id, item, context)
@@ -1339,6 +1338,10 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                         for hidden in memory.take_items(messages_begun):
                             yield ThreadItemDoneEvent(item=hidden)
                         messages_begun += 1
+                case ThreadItemDoneEvent(item=ClientToolCallItem()):
+                    # chatkit looks for it at the end of the thread: its reasoning comes before it.
+                    for hidden in memory.take_items(memory.messages_completed):
+                        yield ThreadItemDoneEvent(item=hidden)
                 case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
                     unfinished.pop(item.id, None)
                 case ThreadItemRemovedEvent(item_id=id):

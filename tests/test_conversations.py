@@ -176,6 +176,7 @@ TURNS: dict[str, tuple] = {
     ),
     "a tool that ends the turn": ([[THOUGHT, OSLO], [THOUGHT, SO, LAST]], [IN_OSLO, "So.", SHOWN]),
     "a client tool": ([[THOUGHT, RED], FINE], ["ruby", "Fine."]),
+    "a client tool later": ([[THOUGHT, OSLO], [THOUGHT, RED], FINE], [IN_OSLO, "ruby", "Fine."]),
     "a client tool beside another": (
         [[THOUGHT, SO, OSLO, RED], [THOUGHT, ROME], FINE],
         ["So.", IN_OSLO, "ruby", IN_ROME, "Fine."],

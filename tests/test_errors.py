@@ -109,7 +109,7 @@ CASES = {
     "a page in its place": Case([Failure("html")], "NOT_UNDERSTOOD", COMPATIBLE, cause="Log in"),
     "other JSON": Case([Failure("json")], "NOT_UNDERSTOOD", (*PROVIDERS, OPENROUTER)),
     "an error object": Case(
-        [Failure("endpoint")], "NOT_UNDERSTOOD", (*COMPATIBLE, OLLAMA), cause="Unexpected end"
+        [Failure("endpoint")], "NOT_UNDERSTOOD", ("openai", OLLAMA), cause="Unexpected endpoint"
     ),
     "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
@@ -319,7 +319,6 @@ TEXTS = """
     403 FILTERED Your chosen model requires moderation and your input was flagged
     404 REFUSED_MESSAGE No endpoints found that support image input
     400 REFUSED_MESSAGE Expected `thinking` or `redacted_thinking`, but found `tool_use`.
-    400 REFUSED_MESSAGE image exceeds 5 MB maximum
     400 NOT_UNDERSTOOD The model has crashed without additional information.
 """
 

@@ -15,7 +15,7 @@ MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
 # providers demand of a conversation came on top. These are the figures that were reached.
 BUDGET = {
     "code lines": 1280,  # without blank lines, comments and docstrings
-    "nodes": 10410,  # of the syntax tree
+    "nodes": 10425,  # of the syntax tree
     "nodes a line": 8.4,
     "definitions": 119,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
