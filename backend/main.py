@@ -1515,9 +1515,8 @@ class Converter(ThreadItemConverter):
     """chatkit's conversion of thread items to the model's input, with its gaps closed."""
 
     async def _thread_item_to_input_item(self, item: Any, is_last_message: bool = True) -> Any:
-        # chatkit tells the quote of the last message only: each counts as the last one.
         try:
-            return await super()._thread_item_to_input_item(item)
+            return await super()._thread_item_to_input_item(item, is_last_message)
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
             logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
@@ -1525,7 +1524,8 @@ class Converter(ThreadItemConverter):
             return [{"role": "user", "content": sentence}]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
-        # The model trusts chatkit's tags of hidden items: a user's text must not hold them.
+        # The model trusts chatkit's tags of hidden items: a user's text must not hold them. Without
+        # `is_last_message`, chatkit tells the quotes of older messages, too.
         text = item.model_dump_json().replace("HiddenContext>", "HiddenContext >")
         return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
