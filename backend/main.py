@@ -204,7 +204,7 @@ def setting(name: str, default: str, kind: Any = str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(text)
     except ValidationError as error:
-        raise SystemExit(f"{name}={text!r}: {error.errors()[0]['msg']}.") from None
+        raise SystemExit(f"{name}={text!r}: {error.errors()[0]['msg']}.")
 
 
 def parse_tokens(text: str) -> dict[str, str]:
@@ -383,8 +383,9 @@ def litellm_name(provider: str, model: str) -> str:
         )
     prefix = "openai" if provider == "mock" else provider
     # A server of your own may have models whose ids begin like this: vLLM's "openai/gpt-oss-20b".
-    is_whole = prefix == "openai" and address_variable("openai")
-    return f"{prefix}/{model if is_whole else model.removeprefix(prefix + '/')}"
+    if prefix != "openai" or not address_variable("openai"):
+        model = model.removeprefix(f"{prefix}/")
+    return f"{prefix}/{model}"
 
 
 def address_variable(provider: str) -> str:
@@ -554,8 +555,6 @@ CHAT_ERRORS = [  # the first that fits is the one
 FILTERED_REPLY = replace(
     FILTERED, message=f"{FILTERED.message} The reply is not complete.", is_left_out=False
 )
-# Once a part of the reply was shown, an error that is none of these counts as CUT_OFF.
-AFTER_TEXT = [FILTERED_REPLY, TIMED_OUT, SETUP]
 
 
 class ChatError(CustomStreamError):
@@ -579,14 +578,15 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
         return error
     causes: list[BaseException] = [error]
     status, said = 0, ""
-    for cause in causes:  # the loop appends the inner ones, of which the last has the status
+    for cause in causes:  # the loop appends the inner ones: the last status is the provider's
         if isinstance(code := getattr(cause, "status_code", None), int):  # a few have a text there
             status = code
         said += f"{cause} {getattr(cause, 'body', '')} "
         inner = cause.__cause__ or cause.__context__
         if inner and inner not in causes:
             causes.append(inner)
-    for kind in AFTER_TEXT if after_text else CHAT_ERRORS:
+    # Once a part of the reply was shown, an error that is none of three kinds counts as CUT_OFF.
+    for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if after_text else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
         if has_class or (status in kind.statuses and re.search(kind.words, said, re.I)):
             return ChatError(kind, model, error)
@@ -598,8 +598,8 @@ def log_error(error: Exception) -> None:
 
     chatkit logs the errors that have no message. A Store that has logged it sets `error.logged`.
     """
-    cause = f" ({described(error.__cause__)})" if error.__cause__ else ""
     if isinstance(error, CustomStreamError) and not getattr(error, "logged", False):
+        cause = f" ({described(error.__cause__)})" if error.__cause__ else ""
         logger.error("%s%s", error.message, cause)
 
 
@@ -684,7 +684,7 @@ class ProviderModel(LitellmModel):
             raise ChatError(NO_KEY, self)
         told, is_begun_by_another = model_input(input, self.model)
         # An agent that was made without a model has the reasoning effort and the verbosity of
-        # OpenAI's default model. If you chose the same two, they are dropped, too.
+        # OpenAI's default model. If you chose the same two, the effort is dropped, too.
         default = get_default_model_settings()
         chosen = (model_settings.reasoning, model_settings.verbosity)
         is_default = chosen == (default.reasoning, default.verbosity)
@@ -818,12 +818,8 @@ def as_sse(event: ThreadStreamEvent) -> bytes:
 
 HEARTBEAT = as_sse(ProgressUpdateEvent(text="Still working…"))
 DELETED = "This thread, or a part of it, was deleted meanwhile. Reload the page."
-SERVER_STOPPED = as_sse(
-    ErrorEvent(
-        message="The server was stopped before the reply was complete. Try again in a moment.",
-        allow_retry=True,
-    )
-)
+STOPPED = "The server was stopped before the reply was complete. Try again in a moment."
+SERVER_STOPPED = as_sse(ErrorEvent(message=STOPPED, allow_retry=True))
 
 
 @dataclass(eq=False)
@@ -1007,8 +1003,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         turn = Turn.current.get()
         if thread.title is None and input:
             thread.title = message_text(input)[:TITLE_LENGTH] or None
-            # chatkit saves a changed thread after an event: here, so that it does so now. Later,
-            # another process may have deleted the thread, and it would be saved again.
+            # chatkit saves a changed thread after the next event: this one. Saved later, a thread
+            # that another process has deleted would come back.
             yield StreamOptionsEvent(stream_options=self.get_stream_options(thread, context))
 
         agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
@@ -1122,16 +1118,16 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             await turn.start(self._process_streaming_impl(parsed, context))
             return StreamingResult(turn)  # type: ignore[arg-type]  # it is no generator
         except NotImplementedError:  # of chatkit, for what you have not written
-            raise HTTPException(400, f"{parsed.type} is not supported.") from None
+            raise HTTPException(400, f"{parsed.type} is not supported.")
         except ValueError as error:
             if type(error) is ValueError:  # pydantic's, which is another, shows what is stored
-                raise HTTPException(400, str(error)) from None
+                raise HTTPException(400, str(error))
             raise
 
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
-            for _ in range(2):  # a turn may begin meanwhile, and would save a deleted thread again
+            for _ in range(2):  # another turn may begin meanwhile: it would save the thread again
                 await stop_turns(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
@@ -1182,9 +1178,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             says_something = kind in ("threads.add_user_message", "threads.retry_after_item")
             if says_something and status.type != "active":  # locked or closed by an application
                 raise HTTPException(409, status.reason or f"This thread is {status.type}.")
-        item: Any = None
-        if getattr(params, "item_id", None):  # an action may be about no item
-            item = await self.store.load_item(thread_id, params.item_id, context)
         match kind:
             case "threads.create" | "threads.add_user_message":
                 message = params.input
@@ -1194,13 +1187,14 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await self.store.load_attachment(attachment_id, context)
                 self.check_options(message.inference_options)
             case "threads.retry_after_item":
+                item: Any = await self.store.load_item(thread_id, params.item_id, context)
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
                 require(self.action != super().action, f"{kind} is not supported.")
-                require(
-                    not item or item.type == "widget", f"Item {params.item_id} is not a widget."
-                )
+                if params.item_id:  # an action may be about no item
+                    item = await self.store.load_item(thread_id, params.item_id, context)
+                    require(item.type == "widget", f"Item {item.id} is not a widget.")
             case "attachments.create" | "attachments.delete":
                 require(self.attachment_store, "Attachments are not configured.")
                 if kind == "attachments.delete":
@@ -1211,7 +1205,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         To offer some, override this, and agent_for or run_config_for.
         """
-        require(not options.model and not options.tool_choice, "This choice is not offered.")
+        chosen = options.model or (options.tool_choice and options.tool_choice.id)
+        require(not chosen, f"{chosen!s:.100} is not offered.")
 
 
 # ---- Checks of a request
@@ -1236,9 +1231,9 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise HTTPException(400, f"{place}: {first['msg']}"[:300]) from None
+        raise HTTPException(400, f"{place}: {first['msg']}"[:300])
     except ValueError as error:
-        raise HTTPException(400, f"Invalid JSON: {error}") from None
+        raise HTTPException(400, f"Invalid JSON: {error}")
 
 
 def count_values(value: Any) -> int:
@@ -1393,7 +1388,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
 # These types mark our hidden items among an application's own.
 REMEMBERED_CALL = "remembered_tool_call"
 REFUSED_ITEMS = "refused_items"
-# The types of items that answer a message, or that belong to an answer.
+# With an item of these types, a message has an answer, or a part of one.
 REPLY_TYPES = ("assistant_message", "client_tool_call", "hidden_context_item")
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
@@ -1454,8 +1449,9 @@ class ToolMemory(RunHooks[Any]):
 
     def remembered(self, step: Any) -> list[Any]:
         """Return what later turns are told of the step. A call without an output was stopped."""
-        items = step.to_input_items()
-        said = [item for item in items if item.get("name") not in self.forgotten_tools]
+        said = [
+            item for item in step.to_input_items() if item.get("name") not in self.forgotten_tools
+        ]
         calls = [item for item in said if item["type"] == "function_call"]
         kept = [item for item in said if item["type"] == "reasoning"]
         answers = []
@@ -1520,8 +1516,8 @@ class Converter(ThreadItemConverter):
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
             logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
-            sentence = f"[Here is a {item.type} that cannot be shown to you.]"
-            return [{"role": "user", "content": sentence}]
+            told = f"[Here is a {item.type} that cannot be shown to you.]"
+            return [{"role": "user", "content": told}]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # The model trusts chatkit's tags of hidden items: a user's text must not hold them. Without
@@ -1530,8 +1526,7 @@ class Converter(ThreadItemConverter):
         return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
     async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
-        data = {**tag.data, "id": tag.id}
-        return {"type": "input_text", "text": f"{tag.text}: {as_json(data)}"}
+        return {"type": "input_text", "text": f"{tag.text}: {as_json({**tag.data, 'id': tag.id})}"}
 
     async def hidden_context_to_input(self, item: HiddenContextItem) -> Any:
         if remembered := hidden_content(item, REMEMBERED_CALL):
@@ -1544,7 +1539,7 @@ class Converter(ThreadItemConverter):
 def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
     """Return the model's input as every provider takes it.
 
-    Also return whether another model has called tools since the user's newest message.
+    Also return whether the turn so far holds what another model said, or an unsigned thought.
 
     Many models refuse two messages of one role in a row, and most refuse an empty text. Mistral
     refuses a user's message right after a tool's output. Some refuse to go on after the
@@ -1642,9 +1637,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 async def warm_up() -> None:
     """Do what the first chat of a process does: hundreds of imports, which take a second."""
-    canned = ProviderModel(model.model, canned_reply="Warm.")
-    unreachable = ProviderModel(model.model, base_url="http://127.0.0.1:0", api_key="none")
-    for unasked in (canned, unreachable):
+    for unasked in (
+        ProviderModel(model.model, canned_reply="Warm."),
+        ProviderModel(model.model, base_url="http://127.0.0.1:0", api_key="none"),
+    ):
         agent = Agent("Warm-up", model=unasked)
         # Some providers' clients look for credentials on the network.
         with suppress(Exception), anyio.fail_after(5):
@@ -1873,13 +1869,13 @@ def serve() -> None:
     """Serve on HOST and PORT, with one process.
 
     A program may `import main`, change `main.server`, and call this. Several processes need a
-    database: see tests/postgres/postgres_store.py. A stop reaches the turns of one process only.
+    database: see tests/postgres/postgres_store.py. A deletion stops the turns of one process only.
     """
     uvicorn.run(
         app,
         host=HOST,
         port=PORT,
-        http="h11",  # it refuses headers of more than 64 KiB; httptools has no limit
+        http="h11",  # it refuses headers that do not end; httptools has no limit
         timeout_graceful_shutdown=STOP_SECONDS + 5,
         workers=1,  # whatever WEB_CONCURRENCY says
     )

@@ -9,6 +9,7 @@ import pytest
 
 from client import ROOT, SUPPORT, free_port
 from conftest import USERS
+from test_examples import file_with
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -137,9 +138,8 @@ def test_the_token_is_asked_for(page, servers, provider):
 
 
 def test_a_client_tool_of_the_recipe(page, recipe):
-    options_of_mine = "main.PAGE_OPTIONS = '{ api: { domainKey: 7 }, ' + main.PAGE_OPTIONS[1:]"
-    code = f"import main, client_tool\n{options_of_mine}\nmain.serve()"
-    page.goto(f"{recipe('tool', 'mock', code).url}/chatkit")
+    mine = "main.PAGE_OPTIONS = '{ api: { domainKey: 7 }, ' + main.PAGE_OPTIONS[1:]"
+    page.goto(f"{recipe('tool', 'mock', file_with('client_tool', more=mine)).url}/chatkit")
     expect(page.locator("#chat")).to_be_visible()
     assert options(page)["api"]["domainKey"] == 7
     page.clock.set_fixed_time("2026-02-03T12:00:00Z")

@@ -40,6 +40,7 @@ FORMATS = {"gemini": Gemini, "anthropic": Anthropic, OLLAMA: Ollama}
 FORMATS |= dict.fromkeys(COMPATIBLE, OpenAI)
 ALL = tuple(FORMATS)
 LATER = {"Retry-After": "60"}  # so that the provider is not asked again at once
+HALF = "The first half"
 TRY_AGAIN = ("RATE_LIMIT", "UNAVAILABLE", "NOT_UNDERSTOOD", "EMPTY_REPLY", "CUT_OFF")
 
 
@@ -52,7 +53,7 @@ class Case(NamedTuple):
     requests: int = 1  # of the turn: 2 after a quiet second try
 
 
-def cut(steps, wires: tuple[str, ...], kept: str = "The first half") -> Case:
+def cut(steps, wires: tuple[str, ...], kept: str = HALF) -> Case:
     return Case(steps, "CUT_OFF", wires, kept)
 
 
@@ -64,7 +65,6 @@ def refusal(message: str, **error) -> list:
     return [Body({"type": "error", "error": {"message": message, **error}}, 400)]
 
 
-HALF = "The first half"
 USAGE = Raw(sse({"usageMetadata": Gemini.usage}))
 HALVES = [Text("The first "), Text("half")]
 EXPIRED = refusal("It has expired.", code=400, details=[{"reason": "API_KEY_INVALID"}])
@@ -120,7 +120,7 @@ CASES = {
     "the prompt is filtered": Case([Finish("prompt")], "FILTERED"),
     "filtered at once": Case([Finish("filter")], "FILTERED"),
     # ---- The reply does not end well
-    "filtered": Case([*HALVES, Finish("filter")], "FILTERED_REPLY", kept="The first half"),
+    "filtered": Case([*HALVES, Finish("filter")], "FILTERED_REPLY", kept=HALF),
     "the length limit": Case([*HALVES, Finish("length")], "LONG_REPLY", ALL, HALF),
     "dropped": cut([*HALVES, Cut()], tuple(PROVIDERS)),
     "an error": cut([*HALVES, Stream("server")], tuple(wire for wire in ALL if wire != OLLAMA)),
@@ -139,14 +139,14 @@ CASES = {
         for reason in ("error", "network_error", "insufficient_system_resource")
     },
     "the limit of Mistral": Case(
-        [*HALVES, Raw(OpenAI({}).chunk({}, "model_length"))], "LONG_REPLY", (MISTRAL,), HALF
+        [*HALVES, Raw(OpenAI({}).chunk({}, "model_length"))], "LONG_REPLY", COMPATIBLE, HALF
     ),
     # Neither call is run: its arguments may be incomplete, and others may have had to follow.
     "a call and no end": Case([ToolCall("clock"), Raw(b"")], "CUT_OFF"),
     "a call at the length limit": Case([ToolCall("clock"), Finish("length")], "LONG_REPLY"),
     # ---- It does
     "half an emoji": Case([Text("A\ud83d"), Text("\ude00 B")], kept="A?? B"),
-    "tokens after the end": Case([*HALVES, Finish(), USAGE], "", ("gemini",), "The first half"),
+    "tokens after the end": Case([*HALVES, Finish(), USAGE], "", ("gemini",), HALF),
     # Workaround (LiteLLM, no issue known): it ends a reply after 100 equal chunks.
     "a long table rule": Case([Text("---")] * 500, kept="---" * 500),
 }
@@ -234,7 +234,7 @@ def test_silence(main, servers, provider):
         error = error_of(events)
         assert (error.message, error.allow_retry) == (main.TIMED_OUT.message, True)
         assert [event.type for event in events].count("progress_update") > 1
-        assert text_of(chat.items()[-1]) == {"later": "The first half"}.get(text, text)
+        assert text_of(chat.items()[-1]) == {"later": HALF}.get(text, text)
     assert len(provider.requests) == len(chats)  # a timeout is not tried again
     for request in provider.requests:
         assert request.closed.wait(5)
@@ -275,7 +275,7 @@ class Refused(Exception):  # as the libraries of providers raise it
 
 
 CHAINS = [  # the innermost error first
-    ("RATE_LIMIT", [Refused(429), ValueError(), RuntimeError()]),
+    ("RATE_LIMIT", [Refused(429), ValueError(), RuntimeError("node 40301 is busy")]),
     ("TIMED_OUT", [TimeoutError(), ValueError(), RuntimeError()]),
     # The innermost status is the provider's own: LiteLLM may have made up the outer one.
     ("403", [Refused(403), Refused(429)]),
@@ -319,6 +319,7 @@ TEXTS = """
     403 FILTERED Your chosen model requires moderation and your input was flagged
     404 REFUSED_MESSAGE No endpoints found that support image input
     400 REFUSED_MESSAGE Expected `thinking` or `redacted_thinking`, but found `tool_use`.
+    400 REFUSED_MESSAGE image exceeds 5 MB maximum
     400 NOT_UNDERSTOOD The model has crashed without additional information.
 """
 

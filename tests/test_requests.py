@@ -94,8 +94,8 @@ INVALID = {
     as_json("x" * 1000): "xxxxx",
     as_json("items.list", **HERE, limit=-1): "limit must be at least 1",
     create([text(" \n"), text("")], quoted_text=" "): "The message is empty",
-    create([text("hi")], inference_options={"model": "some-model"}): "is not offered",
-    create([text("hi")], inference_options={"tool_choice": {"id": "x"}}): "is not offered",
+    create([text("hi")], inference_options={"model": "some-model"}): "some-model is not offered",
+    create([text("hi")], inference_options={"tool_choice": {"id": "x"}}): "x is not offered",
     as_json("attachments.create", **IMAGE): "Attachments are not configured",
     as_json("attachments.delete", attachment_id="atc_x"): "Attachments are not configured",
     as_json("threads.add_client_tool_output", **HERE, result=1): "No client tool call is pending",
@@ -108,6 +108,7 @@ MISSING = {
     as_json("items.list", **HERE, after="msg_x"): "msg_x",
     as_json("threads.create", input=message("hi", attachments=["atc_x"])): "atc_x",
     as_json("threads.retry_after_item", **HERE, item_id="msg_x"): "msg_x",
+    as_json("threads.retry_after_item", **HERE, item_id=""): "Item ",
 }
 REFUSED = [(400, says, body) for body, says in INVALID.items()]
 REFUSED += [(404, f"{id} not found", body) for body, id in MISSING.items()]
@@ -137,7 +138,7 @@ async def test_an_action(main):
     local.server = Acting(local.server.store)
     widget = WidgetItem(id="wig_1", widget=Card(children=[]), created_at=NOW, **local.thread)
     await local.server.store.add_thread_item(widget.thread_id, widget, {})
-    for about in ({}, {"item_id": "wig_1"}):
+    for about in ({}, {"item_id": ""}, {"item_id": "wig_1"}):
         assert b'"text":"acted"' in await act(**about)
     with pytest.raises(main.HTTPException, match="is not a widget"):
         await act(item_id=(await local.items())[0].id)
@@ -164,8 +165,8 @@ async def test_an_attachment_of_another_user(main):
             await server.process(request, bob)
     with pytest.raises(main.HTTPException, match=r"400: attachments\.create is not supported"):
         await server.process(as_json("attachments.create", **IMAGE), alice)
-    assert deleted == []
-    assert b'"title"' not in b"".join([event async for event in await server.process(send, alice)])
+    sent = [event async for event in await server.process(send, alice)]
+    assert sent and b'"title"' not in b"".join(sent) and deleted == []
     await server.process(delete, alice)
     assert deleted == ["atc_1"]
 

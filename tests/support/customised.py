@@ -305,7 +305,7 @@ async def keep_image() -> str:
 
 @app.get("/collect")
 async def collect():
-    return gc.collect()
+    return gc.collect()  # so that what asyncio has to complain of comes into the log
 
 
 if __name__ == "__main__":

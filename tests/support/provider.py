@@ -592,9 +592,8 @@ def mistral(body: dict) -> str:
 
 def unsigned(body: dict) -> str:
     """OpenRouter with a Claude. Its thoughts are in reasoning_details, which LiteLLM drops."""
-    lists = [m["content"] for m in body["messages"] if isinstance(m.get("content"), list)]
-    thoughts = [part for parts in lists for part in parts if "thinking" in part]
-    is_signed = all("signature" in thought for thought in thoughts)
+    blocks = [part for m in body["messages"] if m.get("content") for part in Anthropic.blocks(m)]
+    is_signed = all("signature" in block for block in blocks if block["type"] == "thinking")
     return "" if is_signed else "thinking.signature: Field required"
 
 
