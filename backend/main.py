@@ -1741,13 +1741,6 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def debug_item(item: ThreadItem) -> dict[str, Any]:
-    item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
-    if item.type in ("user_message", "assistant_message") and item.content:
-        item_data["content"] = [part.text for part in item.content]
-    return item_data
-
-
 # Debug endpoint to inspect stored items
 @app.get("/debug/threads")
 async def debug_threads(context: RequestContext) -> dict[str, Any]:
@@ -1756,8 +1749,12 @@ async def debug_threads(context: RequestContext) -> dict[str, Any]:
     while page.has_more:
         page = await server.store.load_threads(MAX_PAGE, page.after, "asc", context)
         for thread in page.data:
-            pages = server._paginate_thread_items_reverse(thread.id, context)
-            items = [debug_item(item) async for item in pages]
+            items = []
+            async for item in server._paginate_thread_items_reverse(thread.id, context):
+                item_data: dict[str, Any] = {"id": item.id, "type": type(item).__name__}
+                if item.type in ("user_message", "assistant_message") and item.content:
+                    item_data["content"] = [part.text for part in item.content]
+                items.append(item_data)
             result[thread.id] = {"items": items[::-1], "count": len(items)}
     return result
 
