@@ -560,7 +560,8 @@ FILTERED_REPLY = replace(
 class ChatError(CustomStreamError):
     """An error whose message the person in the chat reads. Its `__cause__` is for the log."""
 
-    # Without this, openai-agents raises an error before it passes on the earlier deltas.
+    # Workaround (openai-agents, no issue known): it raises an error before it passes on the earlier
+    # deltas.
     _agents_drain_queued_stream_events = True
 
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
@@ -720,8 +721,8 @@ async def checked_chunks(
     reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
-        # LiteLLM reads a web page, or an error object (LM Studio), as an empty stream. Both have a
-        # length, which a stream has not.
+        # Workaround (LiteLLM, no issue known): it reads a web page, or an error object (LM Studio),
+        # as an empty stream. Both have a length, which a stream has not.
         chunks = stream.completion_stream
         response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
         if response and "Content-Length" in response.headers:
@@ -729,8 +730,8 @@ async def checked_chunks(
                 await response.aread()
             whole = response.text
         while True:
-            # LiteLLM returns buffered chunks without yielding to the event loop: a fast reply would
-            # block all other chats.
+            # Workaround (LiteLLM, no issue known): it returns buffered chunks without yielding to
+            # the event loop. A fast reply would block all other chats.
             await asyncio.sleep(0)
             with anyio.fail_after(MODEL_TIMEOUT):
                 chunk = await anext(stream, None)
@@ -918,9 +919,9 @@ class Turn(AsyncIterator[bytes]):
             self.put(error_event(error))
         finally:
             if self.run:
-                # After an error of the Store, chatkit does not end the run. After any error, its
-                # _merge_generators leaves a task that waits for one more event ("Task was destroyed
-                # but it is pending!"). No client gets this event.
+                # Workaround (chatkit, no issue known): after an error of the Store, it does not end
+                # the run. After any error, its _merge_generators leaves a task that waits for one
+                # more event ("Task was destroyed but it is pending!"). No client gets this event.
                 self.run.cancel()
                 await self.run.context_wrapper.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
@@ -1087,9 +1088,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Keep no copies of the items that are streamed.
 
         chatkit keeps them to store them if its task is cancelled, which happens only to a turn that
-        hangs. But chatkit 1.4 to 1.5 appends each step of a workflow to the very object that is
-        streamed, so that steps and thoughts are doubled (chatkit-python pull request 76). And it
-        copies a message for each delta.
+        hangs. Workaround (chatkit-python pull request 76): chatkit 1.4 to 1.5 appends each step of
+        a workflow to the very object that is streamed, so that steps and thoughts are doubled. And
+        it copies a message for each delta.
         """
 
     # ---- Requests
@@ -1144,8 +1145,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
         """Move the client tool call that is answered to the end of the thread.
 
-        chatkit looks at the newest item alone, but a note or the reply of another turn may have
-        followed the call (chatkit-python pull request 123). Its reasoning stays before it.
+        Workaround (chatkit-python pull request 123): it looks at the newest item alone, but a note
+        or the reply of another turn may have followed the call. Its reasoning stays before it.
         """
         items = await self.newest_items(thread_id, context)
         call: Any = next((item for item in items if item.type == "client_tool_call"), None)
@@ -1267,9 +1268,9 @@ def message_text(message: UserMessageItem | UserMessageInput) -> str:
 async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
     """Give each message and client tool call an id of its own.
 
-    Through LiteLLM all of them have openai-agents' placeholder `__fake_id__`, and each would
-    overwrite the one before (chatkit-python issue 36). Items whose id comes from the store
-    (workflows, widgets) keep it.
+    Workaround (chatkit-python issue 36): through LiteLLM all of them have openai-agents'
+    placeholder `__fake_id__`, and each would overwrite the one before. Items whose id comes from
+    the store (workflows, widgets) keep it.
     """
     id_mapping = {}  # the model's id -> the newest of ours
     given = []

@@ -10,7 +10,7 @@ You need an existing database. Start the server with a key, or without one:
 This starts four processes. uvicorn calls them workers:
 
     PYTHONPATH=backend backend/.venv/bin/uvicorn --app-dir tests/postgres postgres_store:app \\
-        --workers 4 --host 0.0.0.0 --port 8000
+        --workers 4 --host 0.0.0.0 --port 8000 --http h11
 
 In a file of your own, write `import postgres_store` below `import main`, and add this folder to
 PYTHONPATH (make run does it). The import gives the server a store on DATABASE_URL. For workers,
