@@ -195,14 +195,14 @@ RETRY_SECONDS = 5  # a provider that asks for a longer wait is not asked again
 LATE_STOP_SECONDS = 0.05  # a new message waits this long for a stop that was sent before it
 
 
-def setting(name: str, default: str, kind: Any = str) -> Any:
-    """Return the environment variable as `kind`; a blank one counts as unset.
+def setting(name: str, default: str, value_type: Any = str) -> Any:
+    """Return the environment variable as `value_type`; a blank one counts as unset.
 
     An invalid one ends the program with one line.
     """
     text = os.getenv(name, "").strip() or default
     try:
-        return TypeAdapter(kind).validate_python(text)
+        return TypeAdapter(value_type).validate_python(text)
     except ValidationError as error:
         raise SystemExit(f"{name}={text!r}: {error.errors()[0]['msg']}.")
 
@@ -253,8 +253,8 @@ class Table:
         rows = self.rows.get(owner, {})
         if id not in rows:
             raise NotFoundError(f"{self.kind} {id} not found")
-        kind, text = rows[id]
-        return kind.model_validate_json(text)
+        row_class, text = rows[id]
+        return row_class.model_validate_json(text)
 
     def save(self, owner: str, value: Any) -> None:
         """Add the object, or replace the one with its id in place."""
@@ -577,15 +577,16 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
     is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
     if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
         return error
-    causes: list[BaseException] = [error]
+    causes: list[BaseException] = []
     status, said = 0, ""
-    for cause in causes:  # the loop appends the inner ones: the last status is the provider's
-        if isinstance(code := getattr(cause, "status_code", None), int):  # a few have a text there
+    inner: BaseException | None = error
+    while inner and inner not in causes:
+        causes.append(inner)
+        # The last status is the provider's. A few errors have a text there.
+        if isinstance(code := getattr(inner, "status_code", None), int):
             status = code
-        said += f"{cause} {getattr(cause, 'body', '')} "
-        inner = cause.__cause__ or cause.__context__
-        if inner and inner not in causes:
-            causes.append(inner)
+        said += f"{inner} {getattr(inner, 'body', '')} "
+        inner = inner.__cause__ or inner.__context__
     # Once a part of the reply was shown, an error that is none of three kinds counts as CUT_OFF.
     for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if after_text else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
@@ -628,13 +629,13 @@ def is_worth_a_retry(context: RetryPolicyContext) -> bool:
     return kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and wait <= RETRY_SECONDS
 
 
-def needs_reasoning(model: str) -> bool:
+def needs_reasoning(name: str) -> bool:
     """Return whether the model, if it thinks, must be given its reasoning with each tool call.
 
     Cerebras refuses any reasoning.
     """
-    thinks = any(name in model.lower() for name in ("deepseek", "kimi", "glm"))
-    return thinks and not model.startswith("cerebras/")
+    thinks = any(family in name.lower() for family in ("deepseek", "kimi", "glm"))
+    return thinks and not name.startswith("cerebras/")
 
 
 class ProviderModel(LitellmModel):
@@ -683,7 +684,7 @@ class ProviderModel(LitellmModel):
             turn.model = self
         if self.missing_keys and self.provider in DEFAULT_MODELS:
             raise ChatError(NO_KEY, self)
-        told, is_begun_by_another = model_input(input, self.model)
+        messages, is_begun_by_another = model_input(input, self.model)
         # An agent that was made without a model has the reasoning effort and the verbosity of
         # OpenAI's default model. If you chose the same two, the effort is dropped, too.
         default = get_default_model_settings()
@@ -699,7 +700,7 @@ class ProviderModel(LitellmModel):
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
                 fetched = await super()._fetch_response(
-                    system_instructions, told, settings, tools, *args, **kwargs
+                    system_instructions, messages, settings, tools, *args, **kwargs
                 )
         except Exception as error:
             raise chat_error_for(error, self)
@@ -1056,22 +1057,22 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         assistant's. What a provider has refused is left out.
         """
         refused = []
-        told = []
+        kept = []
         items = await self.newest_items(thread.id, context)
         for item in items:
             if ids := hidden_content(item, REFUSED_ITEMS):  # of older items
                 refused += ids
             elif item.id not in refused:
-                told.append(item)
-        while told and told[-1].type != "user_message":
-            told.pop()
-        question = told[:1]
+                kept.append(item)
+        while kept and kept[-1].type != "user_message":
+            kept.pop()
+        question = kept[:1]
         if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
             # The turn before was refused, too: an older message, still without an answer, may be
             # the cause.
-            question += takewhile(lambda item: item.type not in REPLY_TYPES, told[1:])
+            question += takewhile(lambda item: item.type not in REPLY_TYPES, kept[1:])
         Turn.current.get().question_ids = [item.id for item in question]
-        return await self.converter.to_agent_input(told[::-1])
+        return await self.converter.to_agent_input(kept[::-1])
 
     async def newest_items(self, thread_id: str, context: Context) -> list[ThreadItem]:
         """Return the items that the model sees, newest first. A user message is among them."""
@@ -1170,16 +1171,15 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         Raises HTTPException (400 or 409) or NotFoundError. chatkit itself refuses other mistakes.
         """
         params: Any = request.params  # checked by chatkit's types
-        kind = request.type
         if getattr(params, "limit", None):  # None and 0 are chatkit's default
             require(params.limit > 0, "limit must be at least 1.")
             params.limit = min(params.limit, MAX_PAGE)
         if thread_id := getattr(params, "thread_id", ""):
             status = (await self.store.load_thread(thread_id, context)).status
-            says_something = kind in ("threads.add_user_message", "threads.retry_after_item")
-            if says_something and status.type != "active":  # locked or closed by an application
+            wants_reply = request.type in ("threads.add_user_message", "threads.retry_after_item")
+            if wants_reply and status.type != "active":  # locked or closed by an application
                 raise HTTPException(409, status.reason or f"This thread is {status.type}.")
-        match kind:
+        match request.type:
             case "threads.create" | "threads.add_user_message":
                 message = params.input
                 text = message_text(message) or (message.quoted_text or "").strip()
@@ -1192,13 +1192,13 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
-                require(self.action != super().action, f"{kind} is not supported.")
+                require(self.action != super().action, f"{request.type} is not supported.")
                 if params.item_id:  # an action may be about no item
                     item = await self.store.load_item(thread_id, params.item_id, context)
                     require(item.type == "widget", f"Item {item.id} is not a widget.")
             case "attachments.create" | "attachments.delete":
                 require(self.attachment_store, "Attachments are not configured.")
-                if kind == "attachments.delete":
+                if request.type == "attachments.delete":
                     await self.store.load_attachment(params.attachment_id, context)
 
     def check_options(self, options: InferenceOptions) -> None:
@@ -1394,10 +1394,10 @@ REPLY_TYPES = ("assistant_message", "client_tool_call", "hidden_context_item")
 STOPPED_CALL = "The call was stopped before its result was known. It may have been carried out."
 
 
-def hidden_content(item: ThreadItem, kind: str) -> list[Any]:
-    """Return what one of our hidden items of this kind holds; [] for any other item."""
+def hidden_content(item: ThreadItem, mark: str) -> list[Any]:
+    """Return what one of our hidden items with this mark holds; [] for any other item."""
     match item:
-        case HiddenContextItem(content={"type": mark, "input": list(held)}) if mark == kind:
+        case HiddenContextItem(content={"type": found, "input": list(held)}) if found == mark:
             return held
     return []
 
@@ -1465,12 +1465,12 @@ class ToolMemory(RunHooks[Any]):
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
         return kept + answers if calls else []
 
-    def hidden_item(self, kind: str, content: list[Any]) -> HiddenContextItem:
+    def hidden_item(self, mark: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
             id=self.context.generate_id("sdk_hidden_context"),
             thread_id=self.context.thread.id,
             created_at=datetime.now(),
-            content={"type": kind, "input": content},
+            content={"type": mark, "input": content},
         )
         self.hidden_ids.append(item.id)
         return item
@@ -1517,8 +1517,8 @@ class Converter(ThreadItemConverter):
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
             logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
-            told = f"[Here is a {item.type} that cannot be shown to you.]"
-            return [{"role": "user", "content": told}]
+            sentence = f"[Here is a {item.type} that cannot be shown to you.]"
+            return [{"role": "user", "content": sentence}]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # The model trusts chatkit's tags of hidden items: a user's text must not hold them. Without
@@ -1537,7 +1537,7 @@ class Converter(ThreadItemConverter):
         return await super().hidden_context_to_input(item)
 
 
-def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
+def model_input(items: str | list[Any], name: str) -> tuple[list[Any], bool]:
     """Return the model's input as every provider takes it.
 
     Also return whether the turn so far holds what another model said, or an unsigned thought.
@@ -1547,34 +1547,34 @@ def model_input(items: str | list[Any], model: str) -> tuple[list[Any], bool]:
     assistant's message. Some servers refuse a list in place of a text. Some models refuse a tool
     call without their own reasoning.
     """
-    told: list[Any] = [{}]
+    messages: list[Any] = [{}]  # so that there is a last one; it is left out in the end
     is_begun_by_another = False
     for item in ItemHelpers.input_to_new_input_list(items):
         message = simplified(item)
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
         origin = message.get("provider_data", {})
-        is_own = origin.get("model", model) == model
-        if kind == "reasoning" and "claude" in model and "thinking_blocks" not in origin:
+        is_own = origin.get("model", name) == name
+        if kind == "reasoning" and "claude" in name and "thinking_blocks" not in origin:
             is_own = False  # OpenRouter gives it without its signature
         is_begun_by_another = kind != "user" and (is_begun_by_another or not is_own)
         if is_empty or (kind == "reasoning" and not is_own):
             continue
-        while kind == "user" and kind_of(told[-1]) == "reasoning":
-            told.pop()  # the call that it belongs to was never answered
-        last = kind_of(told[-1])
+        while kind == "user" and kind_of(messages[-1]) == "reasoning":
+            messages.pop()  # the call that it belongs to was never answered
+        last = kind_of(messages[-1])
         if kind == last and "role" in message:
-            parts = parts_of(told[-1]["content"]) + parts_of(message["content"])
-            message = simplified({**told.pop(), "content": parts})
+            parts = parts_of(messages[-1]["content"]) + parts_of(message["content"])
+            message = simplified({**messages.pop(), "content": parts})
         elif kind == "user" and last == "function_call_output":
-            told.append({"role": "assistant", "content": "The tool has given its output."})
-        elif last in ("user", "function_call_output") and kind != last and needs_reasoning(model):
+            messages.append({"role": "assistant", "content": "The tool has given its output."})
+        elif last in ("user", "function_call_output") and kind != last and needs_reasoning(name):
             # A step of the model begins. Reasoning of its own, if it has some, replaces this.
-            told.append({"type": "reasoning", "summary": [{"text": "-"}]})
-        told.append(message)
-    if kind_of(told[-1]) == "assistant":  # another turn's reply, or an action after a reply
-        told.append({"role": "user", "content": "Go on."})
-    return told[1:], is_begun_by_another
+            messages.append({"type": "reasoning", "summary": [{"text": "-"}]})
+        messages.append(message)
+    if kind_of(messages[-1]) == "assistant":  # another turn's reply, or an action after a reply
+        messages.append({"role": "user", "content": "Go on."})
+    return messages[1:], is_begun_by_another
 
 
 def kind_of(item: Any) -> Any:
