@@ -35,9 +35,6 @@ def test_what_is_read_as_it_is_meant(tmp_path):
     assert main.PORT == 80
 
 
-# ---- Keys and .env --------------------------------------------------------------
-
-
 def test_without_a_key_the_provider_is_never_called(servers, provider, main):
     """In one process, whatever a hosting platform sets: each would have threads of its own."""
     server = servers("no_key")
@@ -109,9 +106,6 @@ def test_only_this_file_reads_an_env_file(tmp_path):
     assert "GEMINI_API_KEY" in printed
 
 
-# ---- Models ---------------------------------------------------------------------
-
-
 def test_the_names_of_models(main, monkeypatch):
     """With or without the provider. An agent without a model has the default."""
     assert main.litellm_name("openai", "openai/model-x") == "openai/model-x"
@@ -120,9 +114,10 @@ def test_the_names_of_models(main, monkeypatch):
     assert main.ProviderModels().get_model("model-x").model == "openai/model-x"
     assert main.ProviderModels().get_model("anthropic/model-x").model == "anthropic/model-x"
     assert main.ProviderModels().get_model(None) is main.model
-
-
-# ---- The template's five boxes --------------------------------------------------
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    assert main.ProviderModel("anthropic/x").missing_keys == ["ANTHROPIC_API_KEY"]
+    monkeypatch.setenv("ANTHROPIC_API_BASE", "http://gateway")  # it may have the key
+    assert main.ProviderModel("anthropic/x").missing_keys == []
 
 
 def test_the_five_boxes(server, chat, provider):

@@ -42,7 +42,10 @@ def test_each_user_has_threads_of_their_own(server):
     for token in TOKENS.values():
         chat = Chat(server.url, token)
         chat.say("hello")
-        counts.append(len(chat.http.get("/debug/threads").json()))
+        small = {"Authorization": f"bearer {token}"}  # its capital makes no difference
+        threads = chat.http.get("/debug/threads", headers=small).json()
+        assert chat.thread_id in threads
+        counts.append(len(threads))
         assert token not in "\n".join(server.log)
     assert counts == ([1, 1] if server.tokens else [1, 2])
 
