@@ -61,8 +61,11 @@ DEFAULTS = {
     "LITELLM_OFFLINE_MODE": "True",
     # LiteLLM would load a .env file by itself, with its blank variables.
     "LITELLM_MODE": "PRODUCTION",
-    # openai-agents would upload traces of every chat to OpenAI.
+    # openai-agents would upload traces of every chat to OpenAI, and not log why a tool has failed.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
+    "OPENAI_AGENTS_DONT_LOG_TOOL_DATA": "false",
+    # LiteLLM uses this address by itself, but warns that the variable is missing.
+    "OLLAMA_API_BASE": "http://localhost:11434",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
     "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "10000",
     "AIOHTTP_CONNECTOR_LIMIT": "10000",
@@ -75,7 +78,7 @@ def remove_blank_variables() -> None:
     They would hide the values in the file, and LiteLLM would send a blank key. A key that comes
     from a file may end with a line break, which no header may hold.
     """
-    ours = {*DEFAULTS, *dotenv_values(ENV_FILE)}
+    ours = {*DEFAULTS, *dotenv_values(ENV_FILE, encoding="utf-8-sig")}
     for name, value in os.environ.copy().items():
         if name in ours or name.endswith("_API_KEY"):
             os.environ[name] = value.strip()
@@ -84,7 +87,7 @@ def remove_blank_variables() -> None:
 
 
 remove_blank_variables()
-load_dotenv(ENV_FILE)
+load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
 remove_blank_variables()
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
@@ -134,7 +137,6 @@ from agents import (
 )
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.models import get_default_model_settings
-from agents.models.fake_id import FAKE_RESPONSES_ID
 from agents.retry import ModelRetrySettings, RetryPolicyContext
 from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
 from chatkit.errors import CustomStreamError, ErrorCode
@@ -173,11 +175,9 @@ from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
 )
-from openai.types.responses import ResponseInputTextParam
 from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
-from starlette.types import Send
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -237,6 +237,14 @@ logger = logging.getLogger("uvicorn.error")  # the logger that uvicorn shows
 
 Context = dict[str, Any]  # {} or {"user_id": ...}; see request_context
 ChatContext = AgentContext[Context]
+
+
+def user_of(context: Context) -> str:
+    """Return the id of the user who asks; "" if there is no login.
+
+    Raises KeyError if a login gives no `user_id`: all users would share their threads.
+    """
+    return str(context["user_id"]) if context else ""
 
 
 class Table:
@@ -300,7 +308,7 @@ class MemoryStore(Store[Context]):
         return long_id(item_type)
 
     async def load_thread(self, thread_id: str, context: Context) -> ThreadMetadata:
-        return self._threads.load(context.get("user_id", ""), thread_id)
+        return self._threads.load(user_of(context), thread_id)
 
     async def save_thread(self, thread: ThreadMetadata, context: Context) -> None:
         if thread.id in self._items.rows:
@@ -308,15 +316,15 @@ class MemoryStore(Store[Context]):
         self._items.rows.setdefault(thread.id, {})
         # chatkit may pass a Thread, which has its items with it.
         thread = ThreadMetadata(**thread.model_dump())
-        self._threads.save(context.get("user_id", ""), thread)
+        self._threads.save(user_of(context), thread)
 
     async def load_threads(
         self, limit: int, after: str | None, order: str, context: Context
     ) -> Page[ThreadMetadata]:
-        return await self._threads.page(context.get("user_id", ""), after, limit, order)
+        return await self._threads.page(user_of(context), after, limit, order)
 
     async def delete_thread(self, thread_id: str, context: Context) -> None:
-        if self._threads.delete(context.get("user_id", ""), thread_id):
+        if self._threads.delete(user_of(context), thread_id):
             del self._items.rows[thread_id]
 
     async def load_thread_items(
@@ -344,13 +352,13 @@ class MemoryStore(Store[Context]):
             self._items.delete(thread_id, item_id)
 
     async def save_attachment(self, attachment: Attachment, context: Context) -> None:
-        self._attachments.save(context.get("user_id", ""), attachment)
+        self._attachments.save(user_of(context), attachment)
 
     async def load_attachment(self, attachment_id: str, context: Context) -> Attachment:
-        return self._attachments.load(context.get("user_id", ""), attachment_id)
+        return self._attachments.load(user_of(context), attachment_id)
 
     async def delete_attachment(self, attachment_id: str, context: Context) -> None:
-        self._attachments.delete(context.get("user_id", ""), attachment_id)
+        self._attachments.delete(user_of(context), attachment_id)
 
 
 def long_id(item_type: StoreItemType) -> str:
@@ -378,8 +386,8 @@ def litellm_name(provider: str, model: str) -> str:
         model = DEFAULT_MODELS.get(provider, "")
     if not model or provider not in ["mock", *litellm.provider_list]:
         raise SystemExit(
-            f"PROVIDER={provider!r} must be one of {', '.join(DEFAULT_MODELS)}, or, with MODEL, a"
-            " provider that LiteLLM has."
+            f"PROVIDER={provider!r} must be one of {', '.join(DEFAULT_MODELS)}. Any other provider"
+            " of LiteLLM needs MODEL, too."
         )
     prefix = "openai" if provider == "mock" else provider
     # A server of your own may have models whose ids begin like this: vLLM's "openai/gpt-oss-20b".
@@ -426,8 +434,8 @@ TOO_LONG = ErrorKind(
     is_left_out=True,
     statuses=[400, 413, 429, 500],
     classes=(litellm.exceptions.ContextWindowExceededError,),
-    words="request too large|maximum (context|model|prompt) length|context (length|window|limit)"
-    "|reduce the length of|input is too long for",
+    words="request (body )?too large|maximum (context|model|prompt) length|n_ctx"
+    "|context (length|window|limit|size)|reduce the length of|input is too long for",
 )
 RATE_LIMIT = ErrorKind(
     "The AI provider's rate limit is reached. Wait a moment and try again.",
@@ -449,7 +457,8 @@ NOT_UNDERSTOOD = ErrorKind(
     allow_retry=True,
     statuses=[400],
     classes=(ModelBehaviorError, StopAsyncIteration),
-    words="tool_use_failed|output_parse_failed|unexpected (response|tokens)|has crashed|unloaded",
+    words="(tool_use|output_parse|json_validate)_failed|unexpected (response|tokens)|has crashed"
+    "|unloaded|degraded function",
 )
 CUT_OFF = ErrorKind(
     "The reply was cut off: the AI provider did not finish it. Try again.",
@@ -469,12 +478,13 @@ SETUP = ErrorKind(
     ),
     # What providers say if the model does not take tools, their images or a setting, or if they do
     # not serve this country.
-    words="support tools|tool.choice|function (calling|tools)|tool use|'tools|tools\\.\\d"
-    "|invalid schema|function_declarations|unsupported.(parameter|value)|unknown parameter"
-    "|response_format|argument (supplied|not supported)|is unsupported, did you mean"
-    "|not enabled for models|`temperature`|max_tokens|top_p|reasoning_(effort|format)"
-    "|thinking (budget|level|is not)|(adaptive|support) thinking|thinking.type|user location"
-    "|has been (disabled|restricted)|api version|messages with role|thought_signature",
+    words="support tools|tool.choice|function (calling|tools)|tool (use|calling)|'tools"
+    "|tools\\.\\d|invalid schema|function_declarations|unsupported.(parameter|value)"
+    "|unknown parameter|response_format|argument (supplied|not supported)"
+    "|is unsupported, did you mean|not enabled for models|`temperature`|max_tokens|top_p"
+    "|reasoning_(effort|format)|thinking (budget|level|mode|is not)|(adaptive|support) thinking"
+    "|thinking.type|user location|has been (disabled|restricted)|api version|messages with role"
+    "|thought_signature|jinja|chat template|role not supported",
 )
 UNAVAILABLE = ErrorKind(
     "The AI provider is unavailable. Try again later.{hint}",
@@ -490,21 +500,21 @@ REFUSED_MESSAGE = ErrorKind(
 )
 NO_KEY = ErrorKind("This server has no {key}. Set it, or try PROVIDER=mock.")
 USED_UP = "The quota or credit at the AI provider is used up. Check the plan and billing of {key}."
-UNKNOWN_MODEL = (
-    "The AI provider does not know the model {model}, or does not let you use it. Check MODEL."
-)
+UNKNOWN_MODEL = "The AI provider does not know the model {model}, or refuses it. Check MODEL."
 KEY_REFUSED = "The AI provider refused the key. Check {key}."
 QUOTA_WORDS = (
-    "insufficient_quota|credit balance is too low|per.?day|limit: 0|api usage limits|billing_"
-    "|billing hard limit|spend(ing)? (cap|limit)|credits are depleted|ly usage limit"
-    "|key limit exceeded|credits or licenses|used all available credits"
+    "insufficient.(quota|balance)|exceeded_current_quota|credit balance is too low|per.?day"
+    "|limit: 0|api usage limits|billing_|billing hard limit|spend(ing)? (cap|limit)"
+    "|credits are depleted|ly usage limit|key limit exceeded|credits or licenses"
+    "|used all available credits|arrearage|free tier is not available"
 )
 MODEL_WORDS = (
-    "model_not_found|invalid_model|valid model|model not exist|AccessDenied|model not found"
-    '|is not found for API|no endpoints found for|"model: |LLM provider NOT provided'
-    "|model \\S+ does not exist|not found, try pulling|' not found|was not found or your project"
-    "|no longer (available|supported)|not a chat model|in v1/responses|end of its life"
-    "|model identifier|inference profile|no models loaded|unavailable model|specified model"
+    "model_not_(found|available|supported)|invalid_model|valid model|model not exist|AccessDenied"
+    '|model not found|is not found for API|no endpoints found for|"model: '
+    "|LLM provider NOT provided|model \\S+ does not exist|not found, try pulling|' not found"
+    "|was not found or your project|no longer (available|supported)|not a chat model"
+    "|in v1/responses|end of its life|model identifier|inference profile|no models loaded"
+    "|unavailable model|specified model|unknown model|not support chat"
 )
 CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=[402]),
@@ -518,7 +528,9 @@ CHAT_ERRORS = [  # the first that fits is the one
     FILTERED,
     ErrorKind(KEY_REFUSED, statuses=[401], classes=(litellm.exceptions.AuthenticationError,)),
     ErrorKind(
-        KEY_REFUSED, statuses=[400], words="API_KEY_INVALID|API key not valid|incorrect API key"
+        KEY_REFUSED,
+        statuses=[400, 500],  # 500: no header can hold the key
+        words="api.key.(not valid|invalid)|incorrect api key|'ascii' codec",
     ),
     ErrorKind(
         "The AI provider refused access. Check {key}. The server's log has the reason.",
@@ -577,7 +589,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
     is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
     if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
         return error
-    causes: list[BaseException] = []
+    causes = []
     status, said = 0, ""
     inner: BaseException | None = error
     while inner and inner not in causes:
@@ -587,6 +599,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
             status = code
         said += f"{inner} {getattr(inner, 'body', '')} "
         inner = inner.__cause__ or inner.__context__
+    error.said = said  # type: ignore[attr-defined]  # for the log
     # Once a part of the reply was shown, an error that is none of three kinds counts as CUT_OFF.
     for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if after_text else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
@@ -606,11 +619,11 @@ def log_error(error: Exception) -> None:
 
 
 def described(error: BaseException) -> str:
-    """Return the error's class, status, code and 300 characters of its message, on one line.
+    """Return the error's class, status, code and 300 characters of what was said, on one line.
 
     Some providers repeat the key: asterisks take its place.
     """
-    text = str(error)
+    text = getattr(error, "said", str(error))  # OpenAI's client has the provider's text in `body`
     endings = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
     values = [value for name, value in os.environ.items() if name.endswith(endings)]
     for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
@@ -762,9 +775,9 @@ def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
-        if call.id and call.function.name:  # some give each part of a call an id of its own
-            new = len({*indexes.values()})
-            indexes[call.index] = indexes.setdefault(call.id, new)
+        # Some give each part of a call an id of its own.
+        if call.id and call.function.name:
+            indexes[call.index] = indexes.setdefault(call.id, len({*indexes.values()}))
         call.index = indexes.get(call.index, call.index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
         call.id = f"call_{reply_id}_{call.index}"
@@ -775,14 +788,12 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, whole: str) -> 
 
     LiteLLM takes an empty response for a complete reply. Its canned replies give no reason.
     """
-    reason = stream.received_finish_reason
-    if reason:
-        reason = core_helpers.map_finish_reason(reason)
+    reason = core_helpers.map_finish_reason(stream.received_finish_reason or FAILED_END)
     if reason == "content_filter":
         raise ChatError(FILTERED_REPLY if answered else FILTERED, model)
     if reason == "length":
         raise ChatError(LONG_REPLY, model)
-    if not model.canned_reply and reason in (None, FAILED_END):
+    if reason == FAILED_END and not model.canned_reply:
         cause = ModelBehaviorError(whole or "the stream ended too early")
         raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, cause)
 
@@ -855,6 +866,7 @@ class Turn(AsyncIterator[bytes]):
     client_left: bool = False
     started: float = field(default_factory=time.monotonic)
     first_delta: float = 0
+    heartbeat: bytes = HEARTBEAT
 
     # ---- What the response does with it
 
@@ -871,7 +883,7 @@ class Turn(AsyncIterator[bytes]):
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
-        event = HEARTBEAT
+        event = self.heartbeat
         with anyio.move_on_after(SILENCE_SECONDS):
             event = await self.queue.get()
         if not event:
@@ -938,6 +950,8 @@ class Turn(AsyncIterator[bytes]):
             self.first_delta = self.first_delta or time.monotonic() - self.started
         elif event.type == "error":
             self.outcome = "error"
+        # A heartbeat repeats the progress of a tool.
+        self.heartbeat = as_sse(event) if event.type == "progress_update" else HEARTBEAT
         if not self.stopped:
             self.queue.put_nowait(as_sse(event))
         self.has_begun.set()
@@ -1161,10 +1175,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     def turns_of(self, thread_id: str) -> list[Turn]:
         return [turn for turn in self.turns if turn.thread_id == thread_id]
 
-    async def stop_all_turns(self) -> None:
-        """Stop every turn because the server ends, and wait until what was streamed is stored."""
-        await stop_turns(list(self.turns), SERVER_STOPPED)
-
     async def check(self, request: ChatKitReq, context: Context) -> None:
         """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
 
@@ -1285,7 +1295,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
                 item.call_id = item.id = agent_context.generate_id("tool_call")
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
-            case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, FAKE_RESPONSES_ID):
+            case ThreadItemRemovedEvent(item_id=id) if id in id_mapping:
                 for id in given:  # a guardrail removes every message of the turn
                     yield ThreadItemRemovedEvent(item_id=id)
                 continue
@@ -1461,7 +1471,7 @@ class ToolMemory(RunHooks[Any]):
             if id == self.client_call:
                 continue  # chatkit stores it itself, after this item
             output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
-            kept.append({**call, "arguments": as_arguments(call["arguments"])})
+            kept.append({**call, "arguments": shortened(call["arguments"])})
             answers.append({"type": "function_call_output", "call_id": id, "output": output})
         return kept + answers if calls else []
 
@@ -1485,14 +1495,14 @@ def as_text(output: Any) -> str:
 
 
 def as_arguments(text: str) -> str:
-    """Return a tool's arguments as a JSON object of limited length, whatever the model wrote.
+    """Return a tool's arguments as a JSON object, whatever the model wrote, or what is left of it.
 
-    LiteLLM parses them again in every later turn.
+    LiteLLM and vLLM parse them again in every later request.
     """
     with suppress(ValueError, RecursionError):
-        if isinstance(json.loads(text), dict) and len(text) <= TOOL_OUTPUT_LENGTH:
-            return shortened(text)
-    return as_json({"arguments": shortened(text)} if text else {})
+        if isinstance(json.loads(text), dict):
+            return text
+    return as_json({"arguments": text} if text else {})
 
 
 def shortened(text: str) -> str:
@@ -1517,8 +1527,9 @@ class Converter(ThreadItemConverter):
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
             logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
-            sentence = f"[Here is a {item.type} that cannot be shown to you.]"
-            return [{"role": "user", "content": sentence}]
+            return [
+                {"role": "user", "content": f"[Here is a {item.type} that cannot be shown to you.]"}
+            ]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # The model trusts chatkit's tags of hidden items: a user's text must not hold them. Without
@@ -1526,7 +1537,7 @@ class Converter(ThreadItemConverter):
         text = item.model_dump_json().replace("HiddenContext>", "HiddenContext >")
         return await super().user_message_to_input(UserMessageItem.model_validate_json(text))
 
-    async def tag_to_message_content(self, tag: UserMessageTagContent) -> ResponseInputTextParam:
+    async def tag_to_message_content(self, tag: UserMessageTagContent) -> Any:
         return {"type": "input_text", "text": f"{tag.text}: {as_json({**tag.data, 'id': tag.id})}"}
 
     async def hidden_context_to_input(self, item: HiddenContextItem) -> Any:
@@ -1590,6 +1601,8 @@ def simplified(item: Any) -> Any:
     """
     if "call_id" in item:
         item = {**item, "call_id": f"{crc32(item['call_id'].encode()) % 10**9:09}"}
+    if "arguments" in item:
+        item = {**item, "arguments": as_arguments(item["arguments"])}
     place = "content" if "role" in item else "output"
     if place not in item:
         return item
@@ -1623,8 +1636,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     file = ENV_FILE if ENV_FILE.is_file() else "no .env"
     logger.info("PROVIDER=%s, model %s, %s. The chat is at /chatkit", PROVIDER, model.model, file)
     if model.missing_keys:
-        missing = " or ".join(model.missing_keys)
-        logger.warning("LiteLLM may need %s. PROVIDER=mock needs no key.", missing)
+        logger.warning("LiteLLM may need %s. mock needs no key.", " or ".join(model.missing_keys))
     if not TOKENS and request_context not in app.dependency_overrides:
         logger.warning(
             "CHATKIT_TOKENS is not set: anyone who can reach this port can read every thread."
@@ -1633,7 +1645,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     # The garbage collector need not look at what the imports made. This saves 5 % of the CPU time.
     gc.freeze()
     yield
-    await server.stop_all_turns()
+    await stop_turns(list(server.turns), SERVER_STOPPED)
 
 
 async def warm_up() -> None:
@@ -1720,7 +1732,7 @@ class EventStream(StreamingResponse):
     Starlette then cancels the response, and closes the iterator only if it waits for an event.
     """
 
-    async def stream_response(self, send: Send) -> None:
+    async def stream_response(self, send: Any) -> None:
         try:
             await super().stream_response(send)
         finally:
@@ -1786,9 +1798,8 @@ PAGE = """<!doctype html>
     chat.setOptions({ ...options, api });
     const isLocal = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
     if (isLocal || options.api?.domainKey) return notice.remove();
-    notice.textContent = `ChatKit needs a domain key for ${location.hostname}: add this host at
-      platform.openai.com/settings/organization/security/domain-allowlist, and set api.domainKey in
-      PAGE_OPTIONS.`;
+    notice.textContent = `ChatKit needs a domain key for ${location.hostname}: set api.domainKey in
+      PAGE_OPTIONS. Get it at platform.openai.com/settings/organization/security/domain-allowlist`;
   });
 </script>
 <script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async
@@ -1856,7 +1867,9 @@ async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
     `python main.py`, `uvicorn main:app` and `--workers` alike.
     """
     loop = asyncio.get_running_loop()
-    loop.call_later(STOP_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
+    loop.call_later(
+        STOP_SECONDS, lambda: loop.create_task(stop_turns(list(server.turns), SERVER_STOPPED))
+    )
     await uvicorn_shutdown(self, sockets)
 
 

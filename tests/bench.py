@@ -114,9 +114,7 @@ def percentile_95(values: list[float]) -> float:
     return statistics.quantiles(values, n=20)[-1]
 
 
-# ---- The figures: each function measures once, and returns a value for each of its names ---------
-
-
+# ---- The figures: each function measures once, and returns a value for each of its names
 def cpu_per_delta(main) -> list[float]:
     program = [sys.executable, "-c", AGENTS, str(SUPPORT), str(folder()), str(client.MAIN)]
     with served(250, 50) as server:
@@ -182,8 +180,7 @@ def start(main) -> list[float]:
     return [ours / imports, times[0] / statistics.median(times[1:])]
 
 
-# ---- The table -----------------------------------------------------------------------------------
-
+# ---- The table
 STREAMS = "streams at 50 deltas/s with p95 delay under 100 ms"
 # Each function, how often it runs, and its figures with their targets.
 FIGURES = [

@@ -134,9 +134,6 @@ def test_the_token_is_asked_for(page, servers, provider):
     assert told == [None, f"Bearer {token}"]
 
 
-# ---- Recipes --------------------------------------------------------------------
-
-
 def test_a_client_tool_of_the_recipe(page, recipe):
     mine = "main.PAGE_OPTIONS = '{ api: { domainKey: 7 }, ' + main.PAGE_OPTIONS[1:]"
     page.goto(f"{recipe('tool', 'mock', file_with('client_tool', more=mine)).url}/chatkit")

@@ -42,8 +42,6 @@ def test_every_item_is_stored_once_under_the_id_that_was_streamed(custom_chat, p
     assert not provider.open()
 
 
-# ---- Thoughts, steps and widgets ----------------------------------------------------------------
-
 TASKS = ["First, look. ", "plan it", "search it", "read it"]
 # How a turn ends: the provider's second answer, and the text at which the client leaves.
 ENDS = {
@@ -121,8 +119,6 @@ def test_an_interrupted_item_is_stored(custom_chat, customised, provider, end):
         customised.wait_for("ZeroDivisionError: a bug in a widget")
 
 
-# ---- What counts as an answer -------------------------------------------------------------------
-
 ANSWERING = ("play_sound", "give_notice", "three_steps", "replace_card")
 
 
@@ -169,9 +165,6 @@ async def test_a_guardrail_takes_back_an_unfinished_message(main, provider):
             streams.set()
             silence.end.set()
     assert [item.type for item in await local.items()] == ["user_message", "hidden_context_item"]
-
-
-# ---- Threads ------------------------------------------------------------------------------------
 
 
 @one_provider

@@ -10,7 +10,7 @@ from agents import Agent, ModelSettings, WebSearchTool, function_tool
 
 from client import Chat, Local, done, error_of, text_of
 from conftest import CUSTOMISED, SERVERS
-from provider import Failure, Finish, Reset, Text, Thought, ToolCall, alternating, kimi, strings
+from provider import OWN, Failure, Finish, Reset, Text, Thought, ToolCall, strings
 from test_errors import message_of
 
 OTHERS = {
@@ -110,7 +110,7 @@ CHOOSE = ToolCall("pick_colour", {"hint": "warm", "name": "choose"})
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_long_conversation(server, chat, provider, route):
-    provider.rules["own"] = (alternating, kimi)
+    provider.rules["own"] = OWN
     ponder = [Thought(f"Thought {number}.") for number in range(6)]
     provider.script |= {
         "see Oslo": [[ponder[0], Text("First I look."), OSLO], [Text("Two things.")]],
@@ -156,8 +156,6 @@ def test_a_long_conversation(server, chat, provider, route):
         assert_told(provider, [f"Thought {number}." for number in range(6)])
 
 
-# ---- Each kind of turn, and then one more ---------------------------------------
-
 # What the user does, or the model's steps after "do it"; and what the next turn is told.
 TURNS: dict[str, tuple] = {
     "only a quote": (lambda chat: chat.say("", quoted_text="the quote"), ["the quote"]),
@@ -191,6 +189,10 @@ TURNS: dict[str, tuple] = {
     ),
     "an error after a tool": ([[THOUGHT, OSLO], BUSY], [IN_OSLO]),
     "an error in a tool": ([[THOUGHT, OSLO, ToolCall("broken")]], [IN_OSLO, STOPPED]),
+    "arguments that are no JSON": (
+        [[THOUGHT, ToolCall("stock", '{"city": "Os"lo"}')], FINE],
+        ["Invalid JSON", "Fine."],
+    ),
     "an unknown tool": ([[THOUGHT, ToolCall("nope")], FINE], ["not found", "Fine."]),
     "a hand-off": ([[THOUGHT, OSLO], [THOUGHT, SECOND], FINE], [IN_OSLO, "Fine."]),
     "an error": ([BUSY], []),
@@ -208,7 +210,7 @@ TURNS: dict[str, tuple] = {
 def test_the_thread_goes_on(server, chat, provider, monkeypatch, route, turn):
     """After each kind of turn; on a server of one's own also if content must be a string."""
     monkeypatch.setattr(provider, "answer", lambda _: [Text("Aye.")])
-    provider.rules["own"] = (alternating, kimi, strings)
+    provider.rules["own"] = (*OWN, strings)
     provider.script |= {"be busy": [BUSY], "so busy": [BUSY]}
     turn_of, phrases = TURNS[turn]
     if callable(turn_of):
@@ -232,9 +234,6 @@ def test_the_thread_goes_on(server, chat, provider, monkeypatch, route, turn):
         assert told(provider).count(THOUGHT.text) == count
 
 
-# ---- Another provider in between ------------------------------------------------
-
-
 @pytest.mark.parametrize("route", [slow("openai"), "deepseek", slow("anthropic")])
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_provider_in_between(server, chat, provider, route, other):
@@ -254,8 +253,6 @@ def test_another_provider_in_between(server, chat, provider, route, other):
     if route in REPLAYED:
         assert THOUGHT.text in told(provider)
 
-
-# ---- What a provider refuses is not told again ----------------------------------
 
 STEPS = {"openai": Failure("policy"), "anthropic": Failure("image"), "gemini": Finish("prompt")}
 
@@ -297,8 +294,6 @@ def test_a_message_that_was_not_answered_and_then_refused(chat, provider, route)
     assert "bad words" not in told(provider)
 
 
-# ---- A second try --------------------------------------------------------------
-
 TRIES = [  # the routes, and the steps
     *[("openai", Failure("server", status)) for status in (500, 502, 503)],
     *[(route, Failure("server")) for route in ("anthropic", "gemini", "ollama_chat")],
@@ -322,9 +317,6 @@ def test_how_long_a_second_try_waits(main):
     waits = [main.RETRY_SECONDS, main.RETRY_SECONDS + 0.1]
     asked = [SimpleNamespace(error=error, normalized=SimpleNamespace(retry_after=w)) for w in waits]
     assert [main.is_worth_a_retry(context) for context in asked] == [True, False]
-
-
-# ---- Tools, settings, and mistakes of the setup ---------------------------------
 
 
 @pytest.mark.parametrize("route", ["openai", "anthropic", "gemini", "mistral", "own"])

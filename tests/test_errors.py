@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from agents import ModelSettings, ModelTracing, ToolTimeoutError
 
-from client import Chat, error_of, leave, load_main, text_of, texts
+from client import Chat, Local, error_of, leave, load_main, text_of, texts
 from conftest import PROVIDERS
 from provider import (
     Anthropic,
@@ -82,6 +82,10 @@ CASES = {
     "payment": Case([Failure("image", 402)], "USED_UP", ALL),
     "credit": Case(CREDIT, "USED_UP", ("anthropic",)),
     "a conflict": Case([Failure("image", 409)], "409", ALL),
+    # OpenAI's client has such a body, but does not tell it.
+    "a body of its own": Case(
+        [Body({"detail": "the cause"}, 400)], "REFUSED_MESSAGE", COMPATIBLE, cause="the cause"
+    ),
     "what the message holds": Case([Failure("image", 422)], "REFUSED_MESSAGE", ALL),
     **{
         f"{kind} of {wire}": Case([Failure(kind)], error, (wire,))
@@ -220,9 +224,6 @@ def test_what_a_provider_answers(main, servers, provider, name, wire):
     assert ("please" in str(provider.requests[-1].messages)) == (not is_refused)
 
 
-# ---- Slowly, or not at all
-
-
 def test_silence(main, servers, provider):
     """Before the first token and between two: the connection is closed, the text stays."""
     provider.script |= {"at once": [[Silence()]], "later": [[*HALVES, Silence()]]}
@@ -255,6 +256,15 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name, st
             await (anext(answer) if stream else answer)
         assert raised.value.kind is kind
         listener.close()
+    assert "Cannot connect to host" in main.described(raised.value.__cause__)
+
+
+async def test_a_key_that_no_header_can_hold(main, provider, provider_name):
+    """One that was copied as it is shown, with an ellipsis."""
+    local = Local(main)
+    name, url = main.litellm_name(provider_name, "auto"), f"{provider.url}/{provider_name}"
+    local.server.agent.model = main.ProviderModel(name, url, "sk-abc\u2026789")
+    assert error_of(await local.say("go")).message.startswith("The AI provider refused the key.")
 
 
 def test_heartbeats_while_the_model_is_silent(servers, provider):
@@ -263,9 +273,6 @@ def test_heartbeats_while_the_model_is_silent(servers, provider):
     provider.script["think hard"] = [[Text("Well, "), silence, Text("yes.")]]
     stream = Chat(servers("customised_openai").url).start("think hard")
     assert texts(leave(stream, "nothing", {"progress_update": silence})) == ["Well, yes."]
-
-
-# ---- Which error it is
 
 
 class Refused(Exception):  # as the libraries of providers raise it
@@ -321,6 +328,24 @@ TEXTS = """
     400 REFUSED_MESSAGE Expected `thinking` or `redacted_thinking`, but found `tool_use`.
     400 REFUSED_MESSAGE image exceeds 5 MB maximum
     400 NOT_UNDERSTOOD The model has crashed without additional information.
+    500 TOO_LONG Cannot truncate prompt with n_keep (4321) >= n_ctx (4096)
+    400 TOO_LONG request (5000 tokens) exceeds the available context size (4096 tokens)
+    413 TOO_LONG Request body too large for gpt-4o model. Max size: 8000 tokens.
+    400 SETUP Error rendering prompt with jinja template: "Cannot call something"
+    400 SETUP As of transformers v4.44, default chat template is no longer allowed
+    400 SETUP System role not supported
+    400 SETUP `tool calling` is not supported with this model
+    400 SETUP Budget 0 is invalid. This model only works in thinking mode.
+    400 NOT_UNDERSTOOD Failed to generate JSON. Please adjust your prompt. json_validate_failed
+    400 NOT_UNDERSTOOD Function id '1': DEGRADED function cannot be invoked
+    400 USED_UP Gemini API free tier is not available in your country. Please enable billing
+    429 USED_UP Insufficient balance or no resource package. Please recharge.
+    429 USED_UP Your account is suspended. exceeded_current_quota_error
+    400 USED_UP Access denied, please make sure your account is in good standing. Arrearage
+    400 UNKNOWN_MODEL Unable to access non-serverless model x. model_not_available
+    400 UNKNOWN_MODEL The requested model 'x' is not supported by any provider. model_not_supported
+    400 UNKNOWN_MODEL "nomic-embed-text" does not support chat
+    429 RATE_LIMIT Quota exceeded for metric: generate_content_free_tier_requests, limit: 5
 """
 
 
@@ -360,9 +385,6 @@ def test_no_key_is_named_if_another_may_count(tmp_path, name, more):
     """LiteLLM prefers GOOGLE_API_KEY to GEMINI_API_KEY; of other providers it knows more names."""
     main = load_main(tmp_path, {"PROVIDER": name, **more})
     assert f"the credentials for {name}" in str(main.ChatError(main.NO_KEY, main.model))
-
-
-# ---- What single providers need
 
 
 @pytest.mark.parametrize("wire", [wire for wire in ALL if wire != "anthropic"])

@@ -76,9 +76,6 @@ def test_no_recipe_imports_litellm_before_main():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- Tools --------------------------------------------------------------------------------------
-
-
 def test_a_widget_with_a_button(recipe, provider):
     chat = Chat(recipe("widget", "openai").url)
     calls = [ToolCall("find_table", {"guests": 4})]
@@ -185,9 +182,6 @@ async def test_mcp_servers_that_come_and_go(recipe, provider, tmp_path):
     assert started and not any(map(os.path.exists, [f"/proc/{pid}" for pid in started]))
 
 
-# ---- Images -------------------------------------------------------------------------------------
-
-
 def png(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)) + b"rest"
@@ -283,9 +277,6 @@ def test_an_image_for_a_model_without_vision(recipe, provider):
     assert [role for role, _ in told(provider)].count("tool") == 2
 
 
-# ---- Thoughts -----------------------------------------------------------------------------------
-
-
 def test_thoughts_are_shown(recipe, provider, provider_name):
     """Those after a tool on their own."""
     model = {"openai": "gpt-5"}.get(provider_name, MODELS[provider_name])
@@ -300,9 +291,6 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
     assert thoughts == ["Let me think.", "I know."]
     assert workflow["workflow"]["type"] == "reasoning" and text_of(reply) == "Yes."
-
-
-# ---- The model picker ---------------------------------------------------------------------------
 
 
 def test_a_model_picker(recipe, provider):
@@ -362,9 +350,6 @@ def test_a_choice_holds_for_its_turn(recipe, provider):
     assert asked[2:] == [("gpt-4o", "find_table"), ("gpt-4o", None), ("gpt-4o", None)]
 
 
-# ---- A second agent -----------------------------------------------------------------------------
-
-
 def instructions(provider) -> list[str]:
     """The instructions of each request."""
     return [seen.format.instructions(seen.body) for seen in provider.requests]
@@ -419,8 +404,6 @@ def test_a_hand_off_that_does_not_end_well(recipe, provider):
     assert stopped.thread()["title"] == "Mine"
 
 
-# ---- A login ------------------------------------------------------------------------------------
-
 SECRET = "0123456789abcdef0123456789abcdef"
 LOGIN = {"SESSION_SECRET": SECRET, "ALLOWED_ORIGINS": "https://shop.example"}
 
@@ -468,9 +451,6 @@ def test_a_login_that_is_not_safe_does_not_start(tmp_path, name, value, says):
     server.reader.join(10)
     first, last = server.log
     assert first.startswith(says) and last == "(end of log)"
-
-
-# ---- Titles -------------------------------------------------------------------------------------
 
 
 async def test_a_title_by_the_model(recipe, provider):

@@ -16,8 +16,6 @@ from client import Chat, Local, Reading, done, error_of, items_shown, many, outl
 from conftest import COMPLAINTS
 from provider import Pause, Silence, Text, Thought, ToolCall
 
-# ---- Every event of a turn ----------------------------------------------------------------------
-
 # The pieces of a turn, each with what is shown when all events of the piece have come.
 PIECES = [
     (Thought("Hm, "), "[workflow]Hm, "),
@@ -102,9 +100,6 @@ def test_leaving_after_any_event(customised, provider):
     assert [line for line in log if not any(text in line for text in usual)] == []
 
 
-# ---- Stores that wait or fail -------------------------------------------------------------------
-
-
 async def test_a_store_that_fails_ends_the_run(main, provider, log):
     """chatkit then drops the turn's events. The run must end at once, not with the garbage."""
 
@@ -147,7 +142,8 @@ async def test_a_turn_that_hangs_is_cancelled(main, monkeypatch):
     local = Local(main, store=Hanging())
     turn = await local.start("go")
     await hangs.wait()
-    await asyncio.gather(local.server.stop_all_turns(), local.server.stop_all_turns())
+    stops = [main.stop_turns([turn], main.SERVER_STOPPED) for _ in range(2)]
+    await asyncio.gather(*stops)
     assert turn.task.cancelled() and not local.server.turns
     events = [event async for event in turn]
     assert events.count(main.SERVER_STOPPED) == 1 and events[-1] == main.SERVER_STOPPED
@@ -182,9 +178,6 @@ async def test_a_stop_that_comes_before_the_run(main, provider):
     assert kept() is None
 
 
-# ---- Many clients -------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 async def test_six_hundred_silent_streams(servers, provider, database):
     """50 other chats do not wait for one of them, as with LiteLLM's limit of 500 they would."""
@@ -212,8 +205,6 @@ async def test_six_hundred_silent_streams(servers, provider, database):
         stream.close()
     await until(lambda: not provider.open(), 30)
 
-
-# ---- The end of a server ------------------------------------------------------------------------
 
 ITEMS = "SELECT json FROM rows WHERE kind = 'Item' AND parent = ? ORDER BY number"
 WAYS = {  # uvicorn's workers; the signal, and the exit code

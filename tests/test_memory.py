@@ -3,13 +3,14 @@
 With --postgres the servers are two workers.
 """
 
+import asyncio
 import json
 import re
 
 import pytest
 from agents import RunContextWrapper, StopAtTools, function_tool
 from chatkit.agents import AgentContext, ClientToolCall
-from chatkit.types import FileAttachment
+from chatkit.types import FileAttachment, ProgressUpdateEvent
 
 from client import Local, Reading, again, done, text_of, until
 from conftest import PROVIDERS
@@ -60,8 +61,6 @@ def stock(city: str) -> list[tuple]:
 OSLO = ToolCall("stock", {"city": "Oslo"})
 RED = ToolCall("pick_colour", {"hint": "warm"})
 
-# ---- Texts --------------------------------------------------------------------------------------
-
 TEXTS = ["\U0001f600 \u202eשלום\u202c e\u0301 \u2028", "NUL \0 in the middle", "long " * 60_000]
 
 
@@ -76,9 +75,6 @@ def test_each_message_is_told_once_unchanged_and_in_order(chat, provider, main):
     assert told(provider) == [*expected, ("user", "and on")]
     request = provider.requests[-1]
     assert request.format.instructions(request.body) == main.server.agent.instructions
-
-
-# ---- Tools --------------------------------------------------------------------------------------
 
 
 def test_a_tool_call_is_told_in_later_turns(custom_chat, provider):
@@ -157,11 +153,9 @@ def test_arguments_are_always_an_object_and_never_long(main):
     texts = ('{"a": "ö"}', "", "{", "[1]")
     kept = [{"a": "ö"}, {}, {"arguments": "{"}, {"arguments": "[1]"}]
     assert [json.loads(main.as_arguments(text)) for text in texts] == kept
-    long = json.loads(main.as_arguments(json.dumps({"text": "x" * 200_000})))["arguments"]
+    cut = main.shortened(json.dumps({"text": "x" * 200_000}))
+    long = json.loads(main.as_arguments(cut))["arguments"]
     assert "characters were cut out here" in long and len(long) < main.TOOL_OUTPUT_LENGTH + 100
-
-
-# ---- In this process -----------------------------------------------------------------------------
 
 
 @function_tool(name_override="stock")
@@ -179,6 +173,20 @@ TOOLS = {
     "tools": [look_up, pick_colour],
     "tool_use_behavior": StopAtTools(stop_at_tool_names=["pick_colour"]),
 }
+
+
+async def test_a_heartbeat_repeats_the_progress_of_a_tool(main, provider, monkeypatch):
+    monkeypatch.setattr(main, "SILENCE_SECONDS", 0.1)
+
+    @function_tool
+    async def search(context: RunContextWrapper[AgentContext]) -> None:
+        await context.context.stream(ProgressUpdateEvent(text="3 of 10"))
+        await asyncio.sleep(0.3)
+
+    provider.script["go"] = [[ToolCall("search")], [Text("Here.")]]
+    events = await Local(main, provider, tools=[search]).say("go")
+    said = [event.text for event in events if event.type == "progress_update"]
+    assert len(said) > 1 and set(said) == {"3 of 10"}
 
 
 async def test_geminis_signature_is_kept_with_its_call(main, provider):
@@ -238,9 +246,6 @@ async def test_a_turn_that_is_longer_than_the_window(main, provider, monkeypatch
     assert found[:-2] == [("user", "go"), *stock("Oslo") * 7]
 
 
-# ---- Client tools -------------------------------------------------------------------------------
-
-
 async def test_another_turn_replies_before_the_client_answers(custom_chat, provider):
     """The answer is found, and the model reads it after that reply, once."""
     custom_chat.say("hello")
@@ -262,9 +267,6 @@ async def test_another_turn_replies_before_the_client_answers(custom_chat, provi
         ("assistant", "It is noon."),
         *pair("pick_colour", {"hint": "warm"}, '"red"'),
     ]
-
-
-# ---- Quotes, tags and hidden items --------------------------------------------------------------
 
 
 def test_a_tag_is_told(chat, provider):

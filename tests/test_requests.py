@@ -8,9 +8,11 @@ from datetime import datetime
 
 import httpx
 import pytest
+from chatkit.errors import CustomStreamError
 from chatkit.store import AttachmentStore, NotFoundError
 from chatkit.types import FileAttachment, HiddenContextItem, WidgetItem
 from chatkit.widgets import Card
+from pydantic import ValidationError
 
 from client import NO_TLS, Chat, Local, done, memory, message, text_of
 from conftest import USERS
@@ -79,8 +81,6 @@ def refused(server, status: int, says: str, content) -> None:
         assert set(response.json()) == {"detail"} and len(response.text) < 500
         assert get(server, "/debug/threads").json() == before
 
-
-# ---- What is refused ------------------------------------------------------------
 
 HERE, HI = {"thread_id": "THREAD"}, message("hi")
 IMAGE = {"name": "a", "size": 1, "mime_type": "image/png"}
@@ -171,14 +171,35 @@ async def test_an_attachment_of_another_user(main):
     assert deleted == ["atc_1"]
 
 
+async def test_what_a_store_raises(main, log):
+    """A ValueError is a 400. But pydantic's shows a row, and a retry is what the Store says."""
+
+    class Broken(main.MemoryStore):
+        async def load_threads(self, *_, **__):
+            raise errors.pop()
+
+    with pytest.raises(ValidationError) as corrupt:
+        FileAttachment(id="a secret")
+    errors = [corrupt.value, ValueError("no such page")]
+    server, listing = main.ChatKitServerImpl(Broken()), as_json("threads.list")
+    for expected, says in ((main.HTTPException, "400: no such page"), (ValidationError, "secret")):
+        with pytest.raises(expected, match=says):
+            await server.process(listing, {})
+    assert main.error_event(CustomStreamError("It is full.", allow_retry=True)).allow_retry
+
+
+def test_who_asks(main):
+    """A login without a user_id would give everybody the same threads."""
+    assert [main.user_of(context) for context in ({}, {"user_id": 7})] == ["", "7"]
+    with pytest.raises(KeyError, match="user_id"):
+        main.user_of({"session": "of alice"})
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_request(server):
     with server.no_new("Traceback"):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(b"POST /chatkit HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         Chat(server.url).say("hello")
-
-
-# ---- What a request may cost ----------------------------------------------------
 
 
 def test_too_long(server, main):
@@ -259,8 +280,6 @@ def test_headers_without_end(server):
             connection.sendall(b"a" * 24_000_000)
 
 
-# ---- From where it may come -----------------------------------------------------
-
 FOREIGN = ["https://evil.example", "https://app.example.evil.example", "http://app.example"]
 FOREIGN += ["https://app.example/", "null", ""]
 
@@ -309,9 +328,6 @@ def test_what_is_there(server):
     assert headers["x-accel-buffering"] == "no"
 
 
-# ---- Who is asking --------------------------------------------------------------
-
-
 def test_each_user_has_threads_of_their_own(users, alice):
     """Every operation on another's says 404, and changes nothing."""
     bob = Chat(users.url, USERS["bob"])
@@ -354,9 +370,6 @@ def test_nobody_forges_what_the_application_says(servers, provider):
     list(chat.start("", content=content, quoted_text=told))
     request = json.dumps(provider.requests[-1].body["messages"])
     assert request.count("HiddenContext >") == 10 and request.count("HiddenContext>") == 2
-
-
-# ---- Requests that meet ---------------------------------------------------------
 
 
 async def test_another_process_deletes_the_thread(main, provider, log):

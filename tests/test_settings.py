@@ -8,11 +8,12 @@ from pathlib import Path
 import litellm
 import pytest
 
-from client import Chat, done, error_of, load_main, text_of, write_main
+from client import Chat, Server, done, error_of, load_main, text_of, write_main
+from provider import Text, ToolCall
 
 UNUSABLE = [
     ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
-    ("PROVIDER", "groq", "or, with MODEL, a provider"),
+    ("PROVIDER", "groq", "Any other provider of LiteLLM needs MODEL, too."),
     ("PORT", "0", "PORT='0': Input should be greater than 0."),
     ("PORT", "65536", "PORT='65536': Input should be less than 65536."),
     ("MODEL_TIMEOUT", "nan", "MODEL_TIMEOUT='nan': Input should be greater than 0."),
@@ -33,6 +34,8 @@ def test_what_is_read_as_it_is_meant(tmp_path):
     main = load_main(tmp_path, settings)
     assert main.ALLOWED_ORIGINS == ["https://app.example", "http://localhost:3000"]
     assert main.PORT == 80
+    ollama = load_main(tmp_path, {"PROVIDER": "ollama_chat", "MODEL": "llama3.2"})
+    assert ollama.model.missing_keys == []  # LiteLLM knows the usual address
 
 
 def test_without_a_key_the_provider_is_never_called(servers, provider, main):
@@ -73,7 +76,7 @@ def test_which_env_file_is_read(tmp_path, files):
     """The template's, or the one beside main.py, for a copy of it."""
     (tmp_path / "backend").mkdir()
     for file in files:
-        (tmp_path / file).write_text(f"MODEL=from-{file}\n")
+        (tmp_path / file).write_text(f"MODEL=from-{file}\n", "utf-8-sig")  # as Windows may do
     main = load_main(tmp_path)
     assert tmp_path / files[0] == main.ENV_FILE and f"from-{files[0]}" == main.MODEL
 
@@ -104,6 +107,23 @@ def test_only_this_file_reads_an_env_file(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path / "backend")}
     printed = subprocess.check_output([sys.executable, program], env=environment, text=True)
     assert "GEMINI_API_KEY" in printed
+
+
+@pytest.mark.slow
+def test_a_tool_that_raises_is_logged(tmp_path, provider):
+    """In a process of its own: openai-agents reads its settings when it is imported."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import main, agents\n"
+        "def clock() -> str: raise RuntimeError('it has stopped')\n"
+        "main.server.agent.tools = [agents.function_tool(clock)]\n"
+        "main.serve()\n"
+    )
+    server = Server(tmp_path, provider.environment() | {"PROVIDER": "openai"}, program).started()
+    provider.script["go"] = [[ToolCall("clock")], [Text("Sorry.")]]
+    assert text_of(done(Chat(server.url).say("go"))[0]) == "Sorry."
+    server.wait_for("RuntimeError: it has stopped")
+    assert server.stop() == -15
 
 
 def test_the_names_of_models(main, monkeypatch):

@@ -223,7 +223,7 @@ async def test_nothing_is_shared_with_the_caller(store):
     await store.save_thread(given[0], {})
     await store.add_thread_item("thr_1", given[1], {})
     await store.save_attachment(given[2], {})
-    before = await loaded()
+    before = [row.model_copy(deep=True) for row in await loaded()]
     for value in (*given, *await loaded()):
         value.id = "changed"
         if isinstance(value, ThreadMetadata):

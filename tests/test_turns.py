@@ -14,8 +14,6 @@ from test_memory import RED, TOOLS
 
 one_provider = pytest.mark.parametrize("provider_name", ["openai"])
 
-# ---- Turns that meet ----------------------------------------------------------------------------
-
 
 @one_provider
 @pytest.mark.parametrize("streamed", ["nothing", "text", "text after a tool"])
@@ -141,8 +139,6 @@ async def test_more_than_one_answer_to_a_client_tool_call(main, provider):
         await local.answer("green")
     assert await local.items() == before
 
-
-# ---- The log line of a turn ---------------------------------------------------------------------
 
 LINE = re.compile(
     r"INFO:     turn pid=(\d+) thread=(\S+) provider=(\S+) model=(\S+) end=(\S+)"

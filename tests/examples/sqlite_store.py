@@ -96,12 +96,12 @@ class SQLiteStore(main.MemoryStore):
     async def save_thread(self, thread: ThreadMetadata, context: main.Context) -> None:
         # chatkit may pass a Thread, which has its items with it.
         thread = ThreadMetadata(**thread.model_dump())
-        self._threads.save(context.get("user_id", ""), thread)
+        self._threads.save(main.user_of(context), thread)
 
     async def delete_thread(self, thread_id: str, context: main.Context) -> None:
         with suppress(NotFoundError):
             await self.load_thread(thread_id, context)
-            self._threads.delete(context.get("user_id", ""), thread_id)
+            self._threads.delete(main.user_of(context), thread_id)
             statement = "DELETE FROM rows WHERE (kind, parent) = ('Item', ?)"
             self.database.execute(statement, (thread_id,))
 

@@ -342,7 +342,7 @@ class PostgresStore(Store[main.Context]):
 
         Raises DatabaseUnavailable, and logs the cause.
         """
-        values = {"owner": context.get("user_id", ""), **values}
+        values = {"owner": main.user_of(context), **values}
         parameters: dict[str, str | int] = {"limit": limit}
         for name, value in values.items():
             parameters[name] = value.replace("\0", "\ufffe0")  # text cannot store NUL, either

@@ -50,12 +50,7 @@ def workers(
     **more: str,
 ):
     """Two workers on the database, started."""
-    environment = {
-        **provider.environment(),
-        "PROVIDER": "openai",
-        "DATABASE_URL": url,
-        **more,
-    }
+    environment = {**provider.environment(), "PROVIDER": "openai", "DATABASE_URL": url, **more}
     served = POSTGRES / "served.py"
     return Server(folder, environment, served, fork, changes, workers=2).started()
 

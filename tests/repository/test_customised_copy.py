@@ -58,7 +58,8 @@ class BoatStore(MemoryStore):
     pass
 
 
-store = BoatStore()
+store: MemoryStore = BoatStore(
+)
 """,
         # The login: by a cookie, and without CHATKIT_TOKENS.
         "def parse_tokens( ... \n\n\nPROVIDER =": "PROVIDER =",

@@ -58,9 +58,6 @@ def test_make_help_lists_the_targets():
         assert re.search(rf"^{target}\b", output, re.M) or target == "postgres", output
 
 
-# ---- Versions -------------------------------------------------------------------
-
-
 def versions(name: str) -> dict[str, str]:
     lines = [line.partition(" ;")[0] for line in (ROOT / name).read_text().splitlines()]
     pairs = [re.match(r"([\w.-]+)(?:\[\w+\])?==(.+)$", line).groups() for line in lines]

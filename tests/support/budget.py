@@ -16,7 +16,7 @@ BUDGET = {
     "code lines": 1280,  # without blank lines, comments and docstrings
     "nodes": 10425,  # of the syntax tree
     "nodes a line": 8.4,
-    "definitions": 119,  # classes and functions, nested ones too
+    "definitions": 118,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
     "undocumented names": 12,
 }

@@ -52,8 +52,11 @@ def changed(code: str, changes: dict[str, str]) -> str:
 def write_main(folder: Path, changes: dict[str, str] | None) -> Path:
     """A copy of main.py in this folder. `changes` are parts of it and what replaces them."""
     # Whichever store it has: you may have followed the README.
-    code, count = re.subn("^store = .*$", "store = MemoryStore()", MAIN.read_text(), flags=re.M)
-    assert count == 1
+    code = MAIN.read_text()
+    if "class MemoryStore" in code:
+        pattern = r"^store\b *[:=].*(\n[ )].*)*"
+        code, count = re.subn(pattern, "store = MemoryStore()", code, flags=re.M)
+        assert count == 1, f"One line of main.py should begin with `store =`, not {count}."
     path = folder / "backend" / "main.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(changed(code, changes or {}))

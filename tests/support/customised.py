@@ -63,9 +63,7 @@ def hidden(thread, content) -> types.ThreadItemDoneEvent:
     return types.ThreadItemDoneEvent(item=item)
 
 
-# ---- Tools that answer --------------------------------------------------------------------------
-
-
+# ---- Tools that answer
 @tool
 async def clock() -> str:
     return "noon"
@@ -108,9 +106,7 @@ async def pick_colour(ctx: Context, hint: str, name: str = "pick_colour") -> str
     return "asked"
 
 
-# ---- Tools that show something ------------------------------------------------------------------
-
-
+# ---- Tools that show something
 @tool
 async def play_sound(ctx: Context) -> None:
     await ctx.context.stream(types.ClientEffectEvent(name="sound", data={"of": "a bell"}))
@@ -201,9 +197,7 @@ async def end_thread(ctx: Context, how: str) -> None:
     ctx.context.thread.status = locked if how == "locked" else closed
 
 
-# ---- Agents, a guardrail, an action -------------------------------------------------------------
-
-
+# ---- Agents, a guardrail, an action
 @output_guardrail
 async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
@@ -252,9 +246,8 @@ async def image(attachment) -> dict:
 
 main.server.converter.attachment_to_message_content = image
 
-# ---- The store ----------------------------------------------------------------------------------
 
-
+# ---- The store
 async def add_thread_item(thread_id, item, context, add=main.store.add_thread_item):
     await asyncio.sleep(0)  # a database would wait here, and a cancellation arrive
     if "more than the disk holds" in str(item):
@@ -270,9 +263,8 @@ async def save_thread(thread, context, save=main.store.save_thread):
 
 main.store.add_thread_item, main.store.save_thread = add_thread_item, save_thread
 
-# ---- LiteLLM, and routes of the tests -----------------------------------------------------------
 
-
+# ---- LiteLLM, and routes of the tests
 def completion(*args, original=main.litellm.main.completion, **kwargs):
     """LiteLLM prepares a request in a thread; some take their time."""
     if "slow to prepare" not in str(kwargs["messages"]):
