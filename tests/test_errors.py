@@ -82,8 +82,7 @@ CASES = {
     "payment": Case([Failure("image", 402)], "USED_UP", ALL),
     "credit": Case(CREDIT, "USED_UP", ("anthropic",)),
     "a conflict": Case([Failure("image", 409)], "409", ALL),
-    # OpenAI's client has such a body, but does not tell it.
-    "a body of its own": Case(
+    "a body that OpenAI's client does not tell": Case(
         [Body({"detail": "the cause"}, 400)], "REFUSED_MESSAGE", COMPATIBLE, cause="the cause"
     ),
     "what the message holds": Case([Failure("image", 422)], "REFUSED_MESSAGE", ALL),

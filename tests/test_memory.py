@@ -175,18 +175,24 @@ TOOLS = {
 }
 
 
-async def test_a_heartbeat_repeats_the_progress_of_a_tool(main, provider, monkeypatch):
+async def test_a_heartbeat_repeats_progress_until_something_else_comes(main, provider, monkeypatch):
     monkeypatch.setattr(main, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(main, "MODEL_TIMEOUT", 5)
 
     @function_tool
     async def search(context: RunContextWrapper[AgentContext]) -> None:
         await context.context.stream(ProgressUpdateEvent(text="3 of 10"))
-        await asyncio.sleep(0.3)
+        await repeated.wait()
 
-    provider.script["go"] = [[ToolCall("search")], [Text("Here.")]]
-    events = await Local(main, provider, tools=[search]).say("go")
-    said = [event.text for event in events if event.type == "progress_update"]
-    assert len(said) > 1 and set(said) == {"3 of 10"}
+    repeated, silence, seen = asyncio.Event(), Silence(), b""
+    provider.script["go"] = [[ToolCall("search")], [Text("Here "), silence, Text("it is.")]]
+    async for event in await Local(main, provider, tools=[search]).start("go"):
+        seen += event
+        if seen.count(b"3 of 10") > 1:
+            repeated.set()
+        if event == main.HEARTBEAT and b"Here" in seen:
+            silence.end.set()
+    assert b"Here it is." in seen
 
 
 async def test_geminis_signature_is_kept_with_its_call(main, provider):

@@ -188,8 +188,7 @@ async def test_what_a_store_raises(main, log):
     assert main.error_event(CustomStreamError("It is full.", allow_retry=True)).allow_retry
 
 
-def test_who_asks(main):
-    """A login without a user_id would give everybody the same threads."""
+def test_a_login_without_a_user_id(main):
     assert [main.user_of(context) for context in ({}, {"user_id": 7})] == ["", "7"]
     with pytest.raises(KeyError, match="user_id"):
         main.user_of({"session": "of alice"})

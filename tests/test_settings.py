@@ -113,12 +113,9 @@ def test_only_this_file_reads_an_env_file(tmp_path):
 def test_a_tool_that_raises_is_logged(tmp_path, provider):
     """In a process of its own: openai-agents reads its settings when it is imported."""
     program = tmp_path / "program.py"
-    program.write_text(
-        "import main, agents\n"
-        "def clock() -> str: raise RuntimeError('it has stopped')\n"
-        "main.server.agent.tools = [agents.function_tool(clock)]\n"
-        "main.serve()\n"
-    )
+    code = "import main, agents\ndef clock() -> str: raise RuntimeError('it has stopped')\n"
+    code += "main.server.agent.tools = [agents.function_tool(clock)]\nmain.serve()\n"
+    program.write_text(code)
     server = Server(tmp_path, provider.environment() | {"PROVIDER": "openai"}, program).started()
     provider.script["go"] = [[ToolCall("clock")], [Text("Sorry.")]]
     assert text_of(done(Chat(server.url).say("go"))[0]) == "Sorry."

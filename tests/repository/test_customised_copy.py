@@ -58,8 +58,7 @@ class BoatStore(MemoryStore):
     pass
 
 
-store: MemoryStore = BoatStore(
-)
+store: MemoryStore = BoatStore()
 """,
         # The login: by a cookie, and without CHATKIT_TOKENS.
         "def parse_tokens( ... \n\n\nPROVIDER =": "PROVIDER =",
