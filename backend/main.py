@@ -29,7 +29,7 @@ Limits   threads are kept in memory, by one process; the model sees the newest H
 
 Start reading at `ChatKitServerImpl.respond`: it is one turn, the answer to one message.
 
-    request - process - Turn.__anext__ <- queue <- the turn's task: chatkit - respond - stages - run
+    request - process - Turn.__anext__ <- queue <- turn's task: chatkit - respond - stages <- run
                              | the client leaves
                              +-> stop(): the run is cancelled -> its events end -> the turn ends
 
@@ -47,8 +47,8 @@ from dotenv import dotenv_values, load_dotenv
 
 # ---- Environment ---------------------------------------------------------------------------------
 
-# Importing this file changes environment variables, here, and nothing else of the process.
-# `repair_libraries` changes the rest, when the server starts.
+# Importing this file changes only environment variables of the process. `repair_libraries` changes
+# more, when the server starts.
 
 FOLDER = Path(__file__).resolve().parent
 ROOT_DIR = FOLDER.parent
@@ -64,7 +64,7 @@ DEFAULTS = {
     # openai-agents would upload traces of every chat to OpenAI, and not log why a tool has failed.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
     "OPENAI_AGENTS_DONT_LOG_TOOL_DATA": "false",
-    # LiteLLM uses this address by itself, but warns that the variable is missing.
+    # LiteLLM uses this address by itself, but lists the variable as missing.
     "OLLAMA_API_BASE": "http://localhost:11434",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
     "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "10000",
@@ -72,11 +72,11 @@ DEFAULTS = {
 }
 
 
-def remove_blank_variables() -> None:
+def clean_variables() -> None:
     """Remove blank variables: docker compose sets them, and .env.example holds some.
 
-    They would hide the values in the file, and LiteLLM would send a blank key. A key that comes
-    from a file may end with a line break, which no header may hold.
+    They would hide the values in .env, and LiteLLM would send a blank key. Values are stripped,
+    too: a key may end with a line break, which no header may hold.
     """
     ours = {*DEFAULTS, *dotenv_values(ENV_FILE, encoding="utf-8-sig")}
     for name, value in os.environ.copy().items():
@@ -86,9 +86,9 @@ def remove_blank_variables() -> None:
                 del os.environ[name]
 
 
-remove_blank_variables()
+clean_variables()
 load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
-remove_blank_variables()
+clean_variables()
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
 
@@ -183,7 +183,7 @@ from starlette.requests import ClientDisconnect
 
 INSTRUCTIONS = "You are a helpful assistant."  # CHANGE ME: what the agent is told about itself
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
-HISTORY_ITEMS = 100  # the model sees this many of a thread's newest items
+HISTORY_ITEMS = 100  # the model sees about this many of a thread's newest items
 TOOL_OUTPUT_LENGTH = 4_000  # characters of a tool's output that later turns are told
 TITLE_LENGTH = 60  # characters of a thread's title: the beginning of its first message
 MAX_BODY_BYTES = 1024 * 1024  # of a request
@@ -242,7 +242,7 @@ ChatContext = AgentContext[Context]
 def user_of(context: Context) -> str:
     """Return the id of the user who asks; "" if there is no login.
 
-    Raises KeyError if a login gives no `user_id`: all users would share their threads.
+    Raises KeyError if a login gives no `user_id`: else all users would share their threads.
     """
     return str(context["user_id"]) if context else ""
 
@@ -371,7 +371,7 @@ def long_id(item_type: StoreItemType) -> str:
 
 # ---- Model ---------------------------------------------------------------------------------------
 
-# What MODEL=auto selects. Change it if a provider shuts its model down, as gemini-2.0-flash was.
+# What MODEL=auto selects. Change one if its provider shuts it down, like gemini-2.0-flash.
 DEFAULT_MODELS = {
     "gemini": "gemini-flash-latest",
     "openai": "gpt-4o",
@@ -390,7 +390,7 @@ def litellm_name(provider: str, model: str) -> str:
             " of LiteLLM needs MODEL, too."
         )
     prefix = "openai" if provider == "mock" else provider
-    # A server of your own may have models whose ids begin like this: vLLM's "openai/gpt-oss-20b".
+    # On a server of your own it may be a part of the id, as in vLLM's "openai/gpt-oss-20b".
     if prefix != "openai" or not address_variable("openai"):
         model = model.removeprefix(f"{prefix}/")
     return f"{prefix}/{model}"
@@ -579,13 +579,16 @@ class ChatError(CustomStreamError):
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
         message = kind.message.format(key=model.key_name, model=model.model, hint=model.hint)
         super().__init__(message, allow_retry=kind.allow_retry)
-        self.args = (message,)  # an agent that is a tool tells str(error) to the agent that asked
+        self.args = (message,)  # str(error): an agent used as a tool tells it to its caller
         self.kind = kind
         self.__cause__ = cause
 
 
 def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = False) -> Exception:
-    """Return a ChatError of the first of CHAT_ERRORS that fits, or the error itself."""
+    """Return a ChatError of the first of CHAT_ERRORS that fits, or the error itself.
+
+    With `after_text` a part of the reply was shown: all kinds but three are CUT_OFF then.
+    """
     is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
     if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
         return error
@@ -599,8 +602,8 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
             status = code
         said += f"{inner} {getattr(inner, 'body', '')} "
         inner = inner.__cause__ or inner.__context__
-    error.said = said  # type: ignore[attr-defined]  # for the log
-    # Once a part of the reply was shown, an error that is none of three kinds counts as CUT_OFF.
+    # For the log: OpenAI's client keeps some texts of providers in `body` alone.
+    error.said = said  # type: ignore[attr-defined]
     for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if after_text else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
         if has_class or (status in kind.statuses and re.search(kind.words, said, re.I)):
@@ -611,7 +614,7 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
 def log_error(error: Exception) -> None:
     """Log the message that the person reads, and its cause, in one line.
 
-    chatkit logs the errors that have no message. A Store that has logged it sets `error.logged`.
+    chatkit logs others, but no StreamError. A Store that has logged it sets `error.logged`.
     """
     if isinstance(error, CustomStreamError) and not getattr(error, "logged", False):
         cause = f" ({described(error.__cause__)})" if error.__cause__ else ""
@@ -623,7 +626,7 @@ def described(error: BaseException) -> str:
 
     Some providers repeat the key: asterisks take its place.
     """
-    text = getattr(error, "said", str(error))  # OpenAI's client has the provider's text in `body`
+    text = getattr(error, "said", str(error))  # see chat_error_for
     endings = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
     values = [value for name, value in os.environ.items() if name.endswith(endings)]
     for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
@@ -731,7 +734,7 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the stream ends too early.
     """
     answered = False  # a text or a tool call came
-    whole = ""  # what came in place of a stream, for the log
+    body = ""  # what came in place of a stream, for the log
     reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
@@ -742,7 +745,7 @@ async def checked_chunks(
         if response and "Content-Length" in response.headers:
             with anyio.fail_after(MODEL_TIMEOUT):
                 await response.aread()
-            whole = response.text
+            body = response.text
         while True:
             # Workaround (LiteLLM, no issue known): it returns buffered chunks without yielding to
             # the event loop. A fast reply would block all other chats.
@@ -762,31 +765,32 @@ async def checked_chunks(
         raise chat_error_for(error, model, answered)
     finally:
         await stream.aclose()
-    check_end(model, stream, answered, whole)
+    check_end(model, stream, answered, body)
 
 
 def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
     """Correct what some providers send.
 
-    `indexes` are those of the reply's tool calls, by their ids and by the indexes that came.
+    `indexes` maps both a call's id and the provider's index to the index that we give the call.
     """
     if delta.content:
         # A lone surrogate (half of an emoji) could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
-        # Some give each part of a call an id of its own.
+        # Others give each part of a call an id of its own.
         if call.id and call.function.name:
-            indexes[call.index] = indexes.setdefault(call.id, len({*indexes.values()}))
+            indexes[call.index] = indexes.setdefault(call.id, len(set(indexes.values())))
         call.index = indexes.get(call.index, call.index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
         call.id = f"call_{reply_id}_{call.index}"
 
 
-def check_end(model: ProviderModel, stream: Any, answered: bool, whole: str) -> None:
+def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
     """Raise unless the provider gave a reason for the end of the reply, and a good one.
 
-    LiteLLM takes an empty response for a complete reply. Its canned replies give no reason.
+    LiteLLM takes an empty response for a complete reply. Its canned replies give no reason. This
+    needs `repair_libraries`: LiteLLM's own map reads FAILED_END as "stop".
     """
     reason = core_helpers.map_finish_reason(stream.received_finish_reason or FAILED_END)
     if reason == "content_filter":
@@ -794,7 +798,7 @@ def check_end(model: ProviderModel, stream: Any, answered: bool, whole: str) -> 
     if reason == "length":
         raise ChatError(LONG_REPLY, model)
     if reason == FAILED_END and not model.canned_reply:
-        cause = ModelBehaviorError(whole or "the stream ended too early")
+        cause = ModelBehaviorError(body or "the stream ended too early")
         raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, cause)
 
 
@@ -864,7 +868,7 @@ class Turn(AsyncIterator[bytes]):
     outcome: str = "done"  # for the log: done, stopped or error
     stopped: bool = False
     client_left: bool = False
-    started: float = field(default_factory=time.monotonic)
+    start_time: float = field(default_factory=time.monotonic)
     first_delta: float = 0
     heartbeat: bytes = HEARTBEAT
 
@@ -891,7 +895,10 @@ class Turn(AsyncIterator[bytes]):
         return event
 
     async def aclose(self) -> None:
-        """Stop the turn because the client has left. A turn that has ended stays as it is."""
+        """Stop the turn because the client has left. A turn that has ended stays as it is.
+
+        Neither this nor `stop` may await: Starlette has cancelled the scope in which this runs.
+        """
         if not self.task.done():
             self.client_left = not self.stopped
             self.stop()
@@ -900,7 +907,7 @@ class Turn(AsyncIterator[bytes]):
         """End the turn soon, with this event for a client that still reads.
 
         A turn that has not ended after STOP_SECONDS, because a tool or a database hangs, is
-        cancelled. Then chatkit keeps the text of an unfinished message, and nothing else of it.
+        cancelled. Then chatkit stores the unfinished text and a note; new tool calls are lost.
         """
         if self.stopped:
             return
@@ -947,7 +954,7 @@ class Turn(AsyncIterator[bytes]):
         if event.type == "thread.created":
             self.thread_id = event.thread.id
         elif event.type == "thread.item.updated":
-            self.first_delta = self.first_delta or time.monotonic() - self.started
+            self.first_delta = self.first_delta or time.monotonic() - self.start_time
         elif event.type == "error":
             self.outcome = "error"
         # A heartbeat repeats the progress of a tool.
@@ -968,7 +975,7 @@ class Turn(AsyncIterator[bytes]):
             self.model.model,
             self.outcome,
             f"{self.first_delta:.3f}s" if self.first_delta else "-",
-            time.monotonic() - self.started,
+            time.monotonic() - self.start_time,
             usage.input_tokens or "-",
             usage.output_tokens or "-",
         )
@@ -993,7 +1000,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         self, store: Store[Context], attachment_store: AttachmentStore[Context] | None = None
     ) -> None:
         super().__init__(store, attachment_store)
-        # CHANGE ME: the agent. Its tools: Agent(..., tools=[your_function_tool]).
+        # CHANGE ME: the agent. Its tools: server.agent.tools.append(your_function_tool), below.
         self.agent: Agent[ChatContext] = Agent("Assistant", instructions=INSTRUCTIONS, model=model)
         self.run_config = RunConfig(
             model_provider=ProviderModels(),
@@ -1036,7 +1043,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             turn.run.cancel()
 
         # Each stage is a function further down, with one idea. What leaves the last one goes to
-        # chatkit: it stores each item that is done, and then sends the event.
+        # chatkit: it stores each item that is done, and then sends the event. Ids come first, as
+        # items are stored by them, and the words of errors last.
         events = stream_agent_response(agent_context, turn.run)
         events = with_unique_ids(events, agent_context)
         events = require_answer(events, turn)
@@ -1082,8 +1090,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             kept.pop()
         question = kept[:1]
         if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
-            # The turn before was refused, too: an older message, still without an answer, may be
-            # the cause.
+            # The turn before was refused: an older message that has no answer may be the cause.
             question += takewhile(lambda item: item.type not in REPLY_TYPES, kept[1:])
         Turn.current.get().question_ids = [item.id for item in question]
         return await self.converter.to_agent_input(kept[::-1])
@@ -1100,12 +1107,11 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         return items
 
     def _update_pending_items(self, *_: Any) -> None:
-        """Keep no copies of the items that are streamed.
+        """Do nothing: `extend_item` already keeps the items complete that chatkit would store.
 
-        chatkit keeps them to store them if its task is cancelled, which happens only to a turn that
-        hangs. Workaround (chatkit-python pull request 76): chatkit 1.4 to 1.5 appends each step of
-        a workflow to the very object that is streamed, so that steps and thoughts are doubled. And
-        it copies a message for each delta.
+        Workaround (chatkit-python pull request 76): chatkit 1.4 to 1.5 appends each step of a
+        workflow to the very object that is streamed, so that steps and thoughts are doubled. And it
+        copies a message for each delta.
         """
 
     # ---- Requests
@@ -1136,14 +1142,16 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         except NotImplementedError:  # of chatkit, for what you have not written
             raise HTTPException(400, f"{parsed.type} is not supported.")
         except ValueError as error:
-            if type(error) is ValueError:  # pydantic's, which is another, shows what is stored
+            if type(error) is ValueError:  # a subclass, as pydantic's, may show what is stored
                 raise HTTPException(400, str(error))
             raise
 
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
         if request.type in ("threads.delete", "threads.retry_after_item"):
-            for _ in range(2):  # another turn may begin meanwhile: it would save the thread again
+            # Twice: another turn may begin meanwhile, and would save the thread again. But a turn
+            # that hangs must not hold up a deletion for ever.
+            for _ in range(2):
                 await stop_turns(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
         if request.type == "threads.update":
@@ -1158,7 +1166,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
             await wait_until_ended([turn for turn in turns if turn.stopped])
 
     async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
-        """Move the client tool call that is answered to the end of the thread.
+        """Move the client tool call that the request answers to the end of the thread.
 
         Workaround (chatkit-python pull request 123): it looks at the newest item alone, but a note
         or the reply of another turn may have followed the call. Its reasoning stays before it.
@@ -1167,10 +1175,11 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         call: Any = next((item for item in items if item.type == "client_tool_call"), None)
         require(call and call.status == "pending", "No client tool call is pending in this thread.")
         place = items.index(call)  # 0 if it is the newest item
-        for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
-            if place and (item is call or hidden_content(item, REMEMBERED_CALL)):
-                await self.store.delete_thread_item(thread_id, item.id, context)
-                await self.store.add_thread_item(thread_id, item, context)
+        if place:
+            for item in reversed(items[place : place + 2]):  # its reasoning, and then the call
+                if item is call or hidden_content(item, REMEMBERED_CALL):
+                    await self.store.delete_thread_item(thread_id, item.id, context)
+                    await self.store.add_thread_item(thread_id, item, context)
 
     def turns_of(self, thread_id: str) -> list[Turn]:
         return [turn for turn in self.turns if turn.thread_id == thread_id]
@@ -1217,7 +1226,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         To offer some, override this, and agent_for or run_config_for.
         """
         chosen = options.model or (options.tool_choice and options.tool_choice.id)
-        require(not chosen, f"{chosen!s:.100} is not offered.")
+        if chosen:
+            raise HTTPException(400, f"{chosen:.100} is not offered.")
 
 
 # ---- Checks of a request
@@ -1231,7 +1241,7 @@ def require(is_fine: object, reason: str) -> None:
 def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
     """Return chatkit's request. Raises HTTPException (400) with the first reason why it is none."""
     try:
-        # json.loads accepts NaN and half characters, which cannot be stored.
+        # json.loads accepts NaN and lone surrogates, which cannot be stored.
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
         # pydantic makes an object of each value, and an error of each wrong one.
         require(
@@ -1354,7 +1364,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                     unfinished.pop(id, None)
             yield event
     except GUARDRAILS:  # the turn's items are removed. The client never heard of the tool calls.
-        context = memory.context
+        context = memory.agent_context
         for id in memory.hidden_ids:
             await context.store.delete_thread_item(context.thread.id, id, context.request_context)
         raise
@@ -1407,7 +1417,7 @@ STOPPED_CALL = "The call was stopped before its result was known. It may have be
 def hidden_content(item: ThreadItem, mark: str) -> list[Any]:
     """Return what one of our hidden items with this mark holds; [] for any other item."""
     match item:
-        case HiddenContextItem(content={"type": found, "input": list(held)}) if found == mark:
+        case HiddenContextItem(content={"type": found, "input": held}) if found == mark:
             return held
     return []
 
@@ -1420,13 +1430,13 @@ class ToolMemory(RunHooks[Any]):
     belongs to one step is one hidden item.
     """
 
-    context: ChatContext
+    agent_context: ChatContext
     forgotten_tools: set[str]
     messages_completed: int = 0  # of the model, in this turn
     # The steps that are not stored yet: the number of messages up to each, and what the model said.
     steps: list[tuple[int, Any]] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)  # of the calls, by their ids
-    client_call: str = ""  # the id of the call that the client answers
+    client_call_id: str = ""  # the id of the call that the client answers
     hidden_ids: list[str] = field(default_factory=list)  # ids of the hidden items
 
     async def on_llm_start(self, context: Any, agent: Any, prompt: Any, input: list[Any]) -> None:
@@ -1436,7 +1446,7 @@ class ToolMemory(RunHooks[Any]):
                 self.outputs.setdefault(item["call_id"], item["output"])
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
-        # Not from the run's events: a stop drops those that were not read yet.
+        # The run's events would not do: a stop drops those that were not read yet.
         self.messages_completed += [output.type for output in response.output].count("message")
         self.steps.append((self.messages_completed, response))
 
@@ -1448,9 +1458,9 @@ class ToolMemory(RunHooks[Any]):
         self.outputs[call.call_id] = ItemHelpers.tool_call_output_item(call, result)["output"]
         # A client tool sets `client_tool_call`. Parallel tools share the context: the tool with the
         # name of that call has set it, or else the first one that ends.
-        asked = self.context.client_tool_call
-        if asked and (asked.name == tool.name or not self.client_call):
-            self.client_call = call.call_id
+        asked = self.agent_context.client_tool_call
+        if asked and (asked.name == tool.name or not self.client_call_id):
+            self.client_call_id = call.call_id
 
     def take_items(self, count: int) -> Iterator[HiddenContextItem]:
         """Remove and yield what is to be stored after this number of the turn's messages."""
@@ -1468,7 +1478,7 @@ class ToolMemory(RunHooks[Any]):
         answers = []
         for call in calls:
             id = call["call_id"]
-            if id == self.client_call:
+            if id == self.client_call_id:
                 continue  # chatkit stores it itself, after this item
             output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
             kept.append({**call, "arguments": shortened(call["arguments"])})
@@ -1477,8 +1487,8 @@ class ToolMemory(RunHooks[Any]):
 
     def hidden_item(self, mark: str, content: list[Any]) -> HiddenContextItem:
         item = HiddenContextItem(
-            id=self.context.generate_id("sdk_hidden_context"),
-            thread_id=self.context.thread.id,
+            id=self.agent_context.generate_id("sdk_hidden_context"),
+            thread_id=self.agent_context.thread.id,
             created_at=datetime.now(),
             content={"type": mark, "input": content},
         )
@@ -1495,7 +1505,7 @@ def as_text(output: Any) -> str:
 
 
 def as_arguments(text: str) -> str:
-    """Return a tool's arguments as a JSON object, whatever the model wrote, or what is left of it.
+    """Return as a JSON object what the model wrote as arguments, even if `shortened` has cut it.
 
     LiteLLM and vLLM parse them again in every later request.
     """
@@ -1507,7 +1517,7 @@ def as_arguments(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Return the text with its middle cut out if it is longer than TOOL_OUTPUT_LENGTH."""
-    text = text.encode(errors="replace").decode()  # half of a surrogate pair cannot be stored
+    text = text.encode(errors="replace").decode()  # a lone surrogate cannot be stored
     cut = len(text) - TOOL_OUTPUT_LENGTH
     if cut <= 0:
         return text
@@ -1527,9 +1537,7 @@ class Converter(ThreadItemConverter):
         except Exception as error:
             # It would fail every later turn. The error's text may hold what was said in the chat.
             logger.error("Item %s cannot be told to the model: %s", item.id, type(error).__name__)
-            return [
-                {"role": "user", "content": f"[Here is a {item.type} that cannot be shown to you.]"}
-            ]
+            return [{"role": "user", "content": f"[Here is a {item.type} that you cannot see.]"}]
 
     async def user_message_to_input(self, item: UserMessageItem, *_: Any, **__: Any) -> Any:
         # The model trusts chatkit's tags of hidden items: a user's text must not hold them. Without
@@ -1597,7 +1605,8 @@ def simplified(item: Any) -> Any:
     """Return the item without blank texts, as a string if it holds nothing but texts.
 
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
-    the calls that follow, and keep their reasoning. Mistral takes ids of nine digits or letters.
+    the calls that follow, and keep their reasoning. A call's arguments become a JSON object, and
+    its id nine digits: Mistral takes nine digits or letters.
     """
     if "call_id" in item:
         item = {**item, "call_id": f"{crc32(item['call_id'].encode()) % 10**9:09}"}
@@ -1650,11 +1659,11 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 async def warm_up() -> None:
     """Do what the first chat of a process does: hundreds of imports, which take a second."""
-    for unasked in (
+    for dummy in (
         ProviderModel(model.model, canned_reply="Warm."),
         ProviderModel(model.model, base_url="http://127.0.0.1:0", api_key="none"),
     ):
-        agent = Agent("Warm-up", model=unasked)
+        agent = Agent("Warm-up", model=dummy)
         # Some providers' clients look for credentials on the network.
         with suppress(Exception), anyio.fail_after(5):
             async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
@@ -1695,7 +1704,7 @@ async def not_found(request: Request, error: NotFoundError) -> Response:
     return JSONResponse({"detail": str(error)}, 404)
 
 
-# CHANGE ME: who is asking. With a login of your own, delete the other lines with TOKENS, too.
+# CHANGE ME: who is asking. With your own login, TOKENS goes, from `lifespan` and `app`, too.
 async def request_context(request: Request) -> Context:
     """Return the context that the Store receives.
 
@@ -1729,7 +1738,7 @@ async def request_body(request: Request) -> bytearray:
 class EventStream(StreamingResponse):
     """The events of a turn, which is stopped when the client leaves.
 
-    Starlette then cancels the response, and closes the iterator only if it waits for an event.
+    Starlette then cancels the response, and never closes an iterator that is no generator.
     """
 
     async def stream_response(self, send: Any) -> None:
@@ -1814,7 +1823,7 @@ async def chatkit_page() -> str:
 
 # ---- Repairs -------------------------------------------------------------------------------------
 
-# LiteLLM's only finish reason for a reply that failed.
+# What FAILURES become. LiteLLM's own map lacks this one of its finish reasons.
 FAILED_END = "malformed_function_call"
 FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", "ERROR", "error"]
 FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
@@ -1844,7 +1853,7 @@ def repair_libraries() -> None:
     words: Any = core_helpers._FINISH_REASON_MAP
     words.update(dict.fromkeys(FAILURES, FAILED_END), model_length="length")
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
-    uvicorn.Server.shutdown = stop_turns_first  # type: ignore[method-assign]
+    uvicorn.Server.shutdown = shutdown_with_last_event  # type: ignore[method-assign]
 
 
 def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
@@ -1860,7 +1869,7 @@ def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
     return parsed
 
 
-async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
+async def shutdown_with_last_event(self: uvicorn.Server, sockets: Any = None) -> None:
     """Workaround (uvicorn, no issue known): it waits for the streams, and cancels them in the end.
 
     The turns are stopped after STOP_SECONDS, so that each client gets a last event, with
@@ -1879,8 +1888,9 @@ async def stop_turns_first(self: uvicorn.Server, sockets: Any = None) -> None:
 def serve() -> None:
     """Serve on HOST and PORT, with one process.
 
-    A program may `import main`, change `main.server`, and call this. Several processes need a
-    database: see tests/postgres/postgres_store.py. A deletion stops the turns of one process only.
+    A program may `import main`, change `main.server` (its `store`, its `agent.instructions`), and
+    call this. Several processes need a database: see tests/postgres/postgres_store.py. A deletion
+    stops the turns of one process only.
     """
     uvicorn.run(
         app,

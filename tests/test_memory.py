@@ -220,7 +220,7 @@ async def test_an_item_that_cannot_be_told(main, provider, log):
     attachment = FileAttachment(id="atc_1", name="a.txt", mime_type="text/plain")
     await local.server.store.save_attachment(attachment, {})
     assert done(await local.say("secret words", attachments=["atc_1"]))
-    assert told(provider) == [("user", "[Here is a user_message that cannot be shown to you.]")]
+    assert told(provider) == [("user", "[Here is a user_message that you cannot see.]")]
     (line,) = [record for record in log.records if record.levelname == "ERROR"]
     id = (await local.items())[0].id
     assert line.getMessage() == f"Item {id} cannot be told to the model: NotImplementedError"
