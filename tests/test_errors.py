@@ -82,9 +82,7 @@ CASES = {
     "payment": Case([Failure("image", 402)], "USED_UP", ALL),
     "credit": Case(CREDIT, "USED_UP", ("anthropic",)),
     "a conflict": Case([Failure("image", 409)], "409", ALL),
-    "a body that OpenAI's client does not tell": Case(
-        [Body({"detail": "the cause"}, 400)], "REFUSED_MESSAGE", COMPATIBLE, cause="the cause"
-    ),
+    "a detail": Case([Body({"detail": "why"}, 400)], "REFUSED_MESSAGE", COMPATIBLE, cause="why"),
     "what the message holds": Case([Failure("image", 422)], "REFUSED_MESSAGE", ALL),
     **{
         f"{kind} of {wire}": Case([Failure(kind)], error, (wire,))

@@ -152,8 +152,9 @@ async def test_a_turn_that_hangs_is_cancelled(main, monkeypatch):
     assert texts in (["go", main.MOCK_REPLY], ["go"])
 
 
-async def test_a_stop_that_comes_before_the_run(main, provider):
-    """The provider is not asked, and nothing keeps the turn in memory."""
+@pytest.mark.parametrize("server_ends", [False, True])
+async def test_a_stop_that_comes_before_the_run(main, provider, server_ends):
+    """The provider is not asked, and nothing keeps the turn in memory. A note tells who left."""
 
     class Slow(main.MemoryStore):
         async def load_thread_items(self, thread_id, after, limit, order, context):
@@ -166,11 +167,14 @@ async def test_a_stop_that_comes_before_the_run(main, provider):
     local = Local(main, provider, Slow())
     turn = await local.start("go")
     await loading.wait()
+    if server_ends:
+        turn.stop()
     await turn.aclose()
     left.set()
     await asyncio.wait([turn.task])
     assert turn.outcome == "stopped" and provider.requests == []
-    assert [item.type for item in await local.items()] == ["user_message", "sdk_hidden_context"]
+    note = ["sdk_hidden_context"] * (not server_ends)
+    assert [item.type for item in await local.items()] == ["user_message", *note]
     kept = weakref.ref(turn)
     del turn
     await asyncio.sleep(0)  # until the event loop has let go of it, too
