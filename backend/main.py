@@ -61,9 +61,8 @@ DEFAULTS = {
     "LITELLM_OFFLINE_MODE": "True",
     # LiteLLM would load a .env file by itself, with its blank variables.
     "LITELLM_MODE": "PRODUCTION",
-    # openai-agents would upload traces of every chat to OpenAI, and not log why a tool has failed.
+    # openai-agents would upload traces of every chat to OpenAI.
     "OPENAI_AGENTS_DISABLE_TRACING": "true",
-    "OPENAI_AGENTS_DONT_LOG_TOOL_DATA": "false",
     # LiteLLM uses this address by itself, but lists the variable as missing.
     "OLLAMA_API_BASE": "http://localhost:11434",
     # LiteLLM's limit is 500 for a provider: the next chat would wait until another one has ended.
@@ -244,7 +243,7 @@ def user_of(context: Context) -> str:
 
     Raises KeyError if a login gives no `user_id`: else all users would share their threads.
     """
-    return str(context["user_id"]) if context else ""
+    return context["user_id"] if context else ""
 
 
 class Table:
@@ -482,9 +481,9 @@ SETUP = ErrorKind(
     "|tools\\.\\d|invalid schema|function_declarations|unsupported.(parameter|value)"
     "|unknown parameter|response_format|argument (supplied|not supported)"
     "|is unsupported, did you mean|not enabled for models|`temperature`|max_tokens|top_p"
-    "|reasoning_(effort|format)|thinking (budget|level|mode|is not)|(adaptive|support) thinking"
-    "|thinking.type|user location|has been (disabled|restricted)|api version|messages with role"
-    "|thought_signature|jinja|chat template|role not supported",
+    "|reasoning_(effort|format)|thinking (budget|level|is not)|works in thinking mode"
+    "|(adaptive|support) thinking|thinking.type|user location|has been (disabled|restricted)"
+    "|api version|messages with role|thought_signature|chat template|role not supported",
 )
 UNAVAILABLE = ErrorKind(
     "The AI provider is unavailable. Try again later.{hint}",
@@ -514,7 +513,7 @@ MODEL_WORDS = (
     "|LLM provider NOT provided|model \\S+ does not exist|not found, try pulling|' not found"
     "|was not found or your project|no longer (available|supported)|not a chat model"
     "|in v1/responses|end of its life|model identifier|inference profile|no models loaded"
-    "|unavailable model|specified model|unknown model|not support chat"
+    "|unavailable model|specified model|unknown model"
 )
 CHAT_ERRORS = [  # the first that fits is the one
     ErrorKind(USED_UP, statuses=[402]),
@@ -624,10 +623,10 @@ def log_error(error: Exception) -> None:
 def described(error: BaseException) -> str:
     """Return the error's class, status, code and 300 characters of what was said, on one line.
 
-    Some providers repeat the key: asterisks take its place.
+    Some providers repeat the key, and an address may hold a token: asterisks take their place.
     """
     text = getattr(error, "said", str(error))  # see chat_error_for
-    endings = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+    endings = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_BASE_URL", "_API_BASE")
     values = [value for name, value in os.environ.items() if name.endswith(endings)]
     for secret in sorted(values, key=len, reverse=True):  # one may be a part of another
         if len(secret) >= 8:  # what is shorter is no secret, but may be a part of many words
@@ -870,7 +869,6 @@ class Turn(AsyncIterator[bytes]):
     client_left: bool = False
     start_time: float = field(default_factory=time.monotonic)
     first_delta: float = 0
-    heartbeat: bytes = HEARTBEAT
 
     # ---- What the response does with it
 
@@ -887,7 +885,7 @@ class Turn(AsyncIterator[bytes]):
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
-        event = self.heartbeat
+        event = HEARTBEAT
         with anyio.move_on_after(SILENCE_SECONDS):
             event = await self.queue.get()
         if not event:
@@ -957,8 +955,6 @@ class Turn(AsyncIterator[bytes]):
             self.first_delta = self.first_delta or time.monotonic() - self.start_time
         elif event.type == "error":
             self.outcome = "error"
-        # A heartbeat repeats the progress of a tool.
-        self.heartbeat = as_sse(event) if event.type == "progress_update" else HEARTBEAT
         if not self.stopped:
             self.queue.put_nowait(as_sse(event))
         self.has_begun.set()
@@ -1305,7 +1301,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
                 item.call_id = item.id = agent_context.generate_id("tool_call")
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
-            case ThreadItemRemovedEvent(item_id=id) if id in id_mapping:
+            case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, "__fake_id__"):
                 for id in given:  # a guardrail removes every message of the turn
                     yield ThreadItemRemovedEvent(item_id=id)
                 continue
@@ -1451,6 +1447,8 @@ class ToolMemory(RunHooks[Any]):
         self.steps.append((self.messages_completed, response))
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: object) -> None:
+        if str(result).startswith("An error occurred while"):  # openai-agents does not log it
+            logger.error("The tool %s failed (%s)", tool.name, described(Exception(result)))
         call = getattr(context, "tool_call", None)
         if call is None:  # a tool of OpenAI's Responses API
             return

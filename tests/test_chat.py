@@ -167,6 +167,23 @@ async def test_a_guardrail_takes_back_an_unfinished_message(main, provider):
     assert [item.type for item in await local.items()] == ["user_message", "hidden_context_item"]
 
 
+async def test_a_guardrail_takes_back_a_turn_without_a_message(main, provider):
+    """chatkit would tell the client to remove `__fake_id__`."""
+
+    @agents.output_guardrail
+    async def never(ctx, agent, output) -> agents.GuardrailFunctionOutput:
+        return agents.GuardrailFunctionOutput(output_info=None, tripwire_triggered=True)
+
+    @agents.function_tool
+    def clock() -> str:
+        return "noon"
+
+    provider.script["go"] = [[ToolCall("clock")]]
+    ends = {"tools": [clock], "tool_use_behavior": "stop_on_first_tool"}
+    events = await Local(main, provider, output_guardrails=[never], **ends).say("go")
+    assert "thread.item.removed" not in [event.type for event in events]
+
+
 @one_provider
 def test_a_thread_is_named_after_its_first_message(custom_chat, provider, main):
     chat = custom_chat

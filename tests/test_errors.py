@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from agents import ModelSettings, ModelTracing, ToolTimeoutError
+from agents import ModelSettings, ModelTracing, ToolTimeoutError, function_tool
 
 from client import Chat, Local, error_of, leave, load_main, text_of, texts
 from conftest import PROVIDERS
@@ -328,7 +328,8 @@ TEXTS = """
     500 TOO_LONG Cannot truncate prompt with n_keep (4321) >= n_ctx (4096)
     400 TOO_LONG request (5000 tokens) exceeds the available context size (4096 tokens)
     413 TOO_LONG Request body too large for gpt-4o model. Max size: 8000 tokens.
-    400 SETUP Error rendering prompt with jinja template: "Cannot call something"
+    400 REFUSED_MESSAGE Error rendering prompt with jinja template: "No user query found"
+    400 REFUSED_MESSAGE The `reasoning_content` in the thinking mode must be passed back
     400 SETUP As of transformers v4.44, default chat template is no longer allowed
     400 SETUP System role not supported
     400 SETUP `tool calling` is not supported with this model
@@ -341,7 +342,6 @@ TEXTS = """
     400 USED_UP Access denied, please make sure your account is in good standing. Arrearage
     400 UNKNOWN_MODEL Unable to access non-serverless model x. model_not_available
     400 UNKNOWN_MODEL The requested model 'x' is not supported by any provider. model_not_supported
-    400 UNKNOWN_MODEL "nomic-embed-text" does not support chat
     429 RATE_LIMIT Quota exceeded for metric: generate_content_free_tier_requests, limit: 5
 """
 
@@ -368,11 +368,27 @@ def test_secrets_are_masked(main, monkeypatch):
     monkeypatch.setenv("A_TOKEN", "secret-1")
     monkeypatch.setenv("B_PASSWORD", "secret-12")
     monkeypatch.setenv("C_KEY", "short")
-    error = Refused(401, "secret-12, secret-1, short\n" + "x" * 500)
+    monkeypatch.setenv("D_BASE_URL", "http://gateway/token")
+    error = Refused(401, "secret-12, secret-1, short\nhttp://gateway/token/v1" + "x" * 500)
     error.code = "bad_key"
     told = main.described(error)
-    assert told.startswith(r"Refused 401 bad_key: '***, ***, short\nxxx")
+    assert told.startswith(r"Refused 401 bad_key: '***, ***, short\n***/v1xxx")
     assert len(told) < 350
+
+
+async def test_a_tool_that_raises_is_logged(main, provider, log, monkeypatch):
+    """openai-agents tells it the model alone."""
+
+    @function_tool
+    def clock() -> None:
+        raise RuntimeError("secret-1 is no time")
+
+    monkeypatch.setenv("A_TOKEN", "secret-1")
+    provider.script["go"] = [[ToolCall("clock")], [Text("Sorry.")]]
+    assert texts(await Local(main, provider, tools=[clock]).say("go")) == ["Sorry."]
+    (line,) = [record.getMessage() for record in log.records if record.levelname == "ERROR"]
+    says = "The tool clock failed (Exception: 'An error occurred while running the tool."
+    assert line.startswith(says) and "secret" not in line
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 With --postgres the servers are two workers.
 """
 
-import asyncio
 import json
 import re
 
 import pytest
 from agents import RunContextWrapper, StopAtTools, function_tool
 from chatkit.agents import AgentContext, ClientToolCall
-from chatkit.types import FileAttachment, ProgressUpdateEvent
+from chatkit.types import FileAttachment
 
 from client import Local, Reading, again, done, text_of, until
 from conftest import PROVIDERS
@@ -173,26 +172,6 @@ TOOLS = {
     "tools": [look_up, pick_colour],
     "tool_use_behavior": StopAtTools(stop_at_tool_names=["pick_colour"]),
 }
-
-
-async def test_a_heartbeat_repeats_progress_until_something_else_comes(main, provider, monkeypatch):
-    monkeypatch.setattr(main, "SILENCE_SECONDS", 0.1)
-    monkeypatch.setattr(main, "MODEL_TIMEOUT", 5)
-
-    @function_tool
-    async def search(context: RunContextWrapper[AgentContext]) -> None:
-        await context.context.stream(ProgressUpdateEvent(text="3 of 10"))
-        await repeated.wait()
-
-    repeated, silence, seen = asyncio.Event(), Silence(), b""
-    provider.script["go"] = [[ToolCall("search")], [Text("Here "), silence, Text("it is.")]]
-    async for event in await Local(main, provider, tools=[search]).start("go"):
-        seen += event
-        if seen.count(b"3 of 10") > 1:
-            repeated.set()
-        if event == main.HEARTBEAT and b"Here" in seen:
-            silence.end.set()
-    assert b"Here it is." in seen
 
 
 async def test_geminis_signature_is_kept_with_its_call(main, provider):

@@ -189,7 +189,7 @@ async def test_what_a_store_raises(main, log):
 
 
 def test_a_login_without_a_user_id(main):
-    assert [main.user_of(context) for context in ({}, {"user_id": 7})] == ["", "7"]
+    assert [main.user_of(context) for context in ({}, {"user_id": "7"})] == ["", "7"]
     with pytest.raises(KeyError, match="user_id"):
         main.user_of({"session": "of alice"})
 

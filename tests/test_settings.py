@@ -8,8 +8,7 @@ from pathlib import Path
 import litellm
 import pytest
 
-from client import Chat, Server, done, error_of, load_main, text_of, write_main
-from provider import Text, ToolCall
+from client import Chat, done, error_of, load_main, text_of, write_main
 
 UNUSABLE = [
     ("PROVIDER", "gemni", "PROVIDER='gemni' must be one of "),
@@ -107,20 +106,6 @@ def test_only_this_file_reads_an_env_file(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path / "backend")}
     printed = subprocess.check_output([sys.executable, program], env=environment, text=True)
     assert "GEMINI_API_KEY" in printed
-
-
-@pytest.mark.slow
-def test_a_tool_that_raises_is_logged(tmp_path, provider):
-    """In a process of its own: openai-agents reads its settings when it is imported."""
-    program = tmp_path / "program.py"
-    code = "import main, agents\ndef clock() -> str: raise RuntimeError('it has stopped')\n"
-    code += "main.server.agent.tools = [agents.function_tool(clock)]\nmain.serve()\n"
-    program.write_text(code)
-    server = Server(tmp_path, provider.environment() | {"PROVIDER": "openai"}, program).started()
-    provider.script["go"] = [[ToolCall("clock")], [Text("Sorry.")]]
-    assert text_of(done(Chat(server.url).say("go"))[0]) == "Sorry."
-    server.wait_for("RuntimeError: it has stopped")
-    assert server.stop() == -15
 
 
 def test_the_names_of_models(main, monkeypatch):
