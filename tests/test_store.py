@@ -1,6 +1,6 @@
 """chatkit's Store contract, as main.py keeps it, for MemoryStore and for yours:
 
-    pytest tests/test_store.py --store package.module:factory
+    backend/.venv/bin/python -m pytest tests/test_store.py --store package.module:factory
 
 `factory()` returns a new, empty Store for each test. The context is {} or {"user_id": ...}.
 """
