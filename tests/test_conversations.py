@@ -191,7 +191,7 @@ TURNS: dict[str, tuple] = {
     "an error in a tool": ([[THOUGHT, OSLO, ToolCall("broken")]], [IN_OSLO, STOPPED]),
     "arguments that are no JSON": (
         [[THOUGHT, ToolCall("stock", '{"city": "Os"lo"}')], FINE],
-        ["Invalid JSON", "Fine."],
+        ["An error occurred", "Fine."],
     ),
     "an unknown tool": ([[THOUGHT, ToolCall("nope")], FINE], ["not found", "Fine."]),
     "a hand-off": ([[THOUGHT, OSLO], [THOUGHT, SECOND], FINE], [IN_OSLO, "Fine."]),
