@@ -57,7 +57,6 @@ if not ENV_FILE.is_file():
     ENV_FILE = FOLDER / ".env"  # beside a copy of this file
 DEFAULTS = {
     # LiteLLM would download its price map, and a list of headers.
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_OFFLINE_MODE": "True",
     # LiteLLM would load a .env file by itself, with its blank variables.
     "LITELLM_MODE": "PRODUCTION",
@@ -87,7 +86,7 @@ def clean_variables() -> None:
 
 clean_variables()
 load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
-clean_variables()
+clean_variables()  # again, for the blank ones of .env
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
 
@@ -183,7 +182,7 @@ from starlette.requests import ClientDisconnect
 INSTRUCTIONS = "You are a helpful assistant."  # CHANGE ME: what the agent is told about itself
 MOCK_REPLY = "This is a canned reply from PROVIDER=mock. Set PROVIDER and its key for a model."
 HISTORY_ITEMS = 100  # the model sees about this many of a thread's newest items
-TOOL_OUTPUT_LENGTH = 4_000  # characters of a tool's output that later turns are told
+TOOL_OUTPUT_LENGTH = 4_000  # characters of a call's arguments, and of its output, that are kept
 TITLE_LENGTH = 60  # characters of a thread's title: the beginning of its first message
 MAX_BODY_BYTES = 1024 * 1024  # of a request
 MAX_VALUES = 5_000  # JSON values in a request, each list and object among them
@@ -210,7 +209,7 @@ def parse_tokens(text: str) -> dict[str, str]:
     """Return {token: user} for "user:token,user:token". Any other text ends the program."""
     tokens = {}
     for entry in text.split(",") if text else []:
-        # A token is printable ASCII without a colon, so that it fits into a header.
+        # Printable ASCII fits into a header. The colon ends the user.
         match = re.fullmatch(r"\s*([^:]*[^:\s])\s*:\s*([!-9;-~]+)\s*", entry)
         if match is None or match[2] in tokens:
             raise SystemExit(
@@ -375,7 +374,7 @@ DEFAULT_MODELS = {
     "gemini": "gemini-flash-latest",
     "openai": "gpt-4o",
     "anthropic": "claude-sonnet-4-6",
-    "mock": "gpt-4o",
+    "mock": "gpt-4o",  # a name for LiteLLM: nobody is asked
 }
 
 
@@ -396,7 +395,7 @@ def litellm_name(provider: str, model: str) -> str:
 
 
 def address_variable(provider: str) -> str:
-    """Return the name of the environment variable that gives the provider's address, or ""."""
+    """Return the environment variable that is set and may give the provider's address, or ""."""
     prefix = provider.removesuffix("_chat").upper()  # ollama_chat has ollama's
     names = [f"{prefix}_BASE_URL", f"{prefix}_API_BASE"]
     return next((name for name in names if os.getenv(name)), "")
@@ -515,7 +514,7 @@ MODEL_WORDS = (
     "|in v1/responses|end of its life|model identifier|inference profile|no models loaded"
     "|unavailable model|specified model|unknown model"
 )
-CHAT_ERRORS = [  # the first that fits is the one
+CHAT_ERRORS = [  # the first that fits is the one: a used-up quota is a 429, too
     ErrorKind(USED_UP, statuses=[402]),
     ErrorKind(USED_UP, statuses=range(400, 600), words=QUOTA_WORDS),
     ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=MODEL_WORDS),
@@ -583,10 +582,10 @@ class ChatError(CustomStreamError):
         self.__cause__ = cause
 
 
-def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = False) -> Exception:
+def chat_error_for(error: Exception, model: ProviderModel, answered: bool = False) -> Exception:
     """Return a ChatError of the first of CHAT_ERRORS that fits, or the error itself.
 
-    With `after_text` a part of the reply was shown: all kinds but three are CUT_OFF then.
+    With `answered`, a text or a tool call came: all kinds but three are CUT_OFF then.
     """
     is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
     if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
@@ -603,17 +602,17 @@ def chat_error_for(error: Exception, model: ProviderModel, after_text: bool = Fa
         inner = inner.__cause__ or inner.__context__
     # For the log: OpenAI's client keeps some texts of providers in `body` alone.
     error.said = said  # type: ignore[attr-defined]
-    for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if after_text else CHAT_ERRORS:
+    for kind in [FILTERED_REPLY, TIMED_OUT, SETUP] if answered else CHAT_ERRORS:
         has_class = any(isinstance(cause, kind.classes) for cause in causes)
         if has_class or (status in kind.statuses and re.search(kind.words, said, re.I)):
             return ChatError(kind, model, error)
-    return ChatError(CUT_OFF, model, error) if after_text else error
+    return ChatError(CUT_OFF, model, error) if answered else error
 
 
 def log_error(error: Exception) -> None:
     """Log the message that the person reads, and its cause, in one line.
 
-    chatkit logs others, but no StreamError. A Store that has logged it sets `error.logged`.
+    chatkit logs all others but its StreamError. A Store that has logged it sets `error.logged`.
     """
     if isinstance(error, CustomStreamError) and not getattr(error, "logged", False):
         cause = f" ({described(error.__cause__)})" if error.__cause__ else ""
@@ -649,8 +648,9 @@ def needs_reasoning(name: str) -> bool:
 
     Cerebras refuses any reasoning.
     """
-    thinks = any(family in name.lower() for family in ("deepseek", "kimi", "glm"))
-    return thinks and not name.startswith("cerebras/")
+    if name.startswith("cerebras/"):
+        return False
+    return any(family in name.lower() for family in ("deepseek", "kimi", "glm"))
 
 
 class ProviderModel(LitellmModel):
@@ -700,8 +700,9 @@ class ProviderModel(LitellmModel):
         if self.missing_keys and self.provider in DEFAULT_MODELS:
             raise ChatError(NO_KEY, self)
         messages, is_begun_by_another = model_input(input, self.model)
-        # An agent that was made without a model has the reasoning effort and the verbosity of
-        # OpenAI's default model. If you chose the same two, the effort is dropped, too.
+        # An agent that was made without a model has the reasoning effort and the verbosity (which
+        # LitellmModel never sends) of OpenAI's default model. The same two, if you chose them,
+        # count as these.
         default = get_default_model_settings()
         chosen = (model_settings.reasoning, model_settings.verbosity)
         is_default = chosen == (default.reasoning, default.verbosity)
@@ -709,8 +710,7 @@ class ProviderModel(LitellmModel):
         if is_default or ("claude" in self.model and is_begun_by_another):
             model_settings = replace(model_settings, reasoning=None)
         settings = self.settings.resolve(model_settings)
-        supported = litellm.get_supported_openai_params(self.model)
-        if tools and supported and "tools" not in supported:
+        if tools and "tools" not in (litellm.get_supported_openai_params(self.model) or ["tools"]):
             logger.warning("LiteLLM says that %s takes no tools. It leaves them out.", self.model)
         try:
             with anyio.fail_after(MODEL_TIMEOUT):
@@ -823,7 +823,7 @@ model = make_model(litellm_name(PROVIDER, MODEL))
 
 # ---- Server --------------------------------------------------------------------------------------
 
-REQUEST = TypeAdapter[ChatKitReq](ChatKitReq)
+REQUEST = TypeAdapter(ChatKitReq)
 Events = AsyncIterator[ThreadStreamEvent]
 
 
@@ -944,6 +944,7 @@ class Turn(AsyncIterator[bytes]):
                 await self.run.context_wrapper.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
             self.write_log_line()
+            # No await may follow: `start` looks whether the task has failed when it has begun.
             self.queue.put_nowait(b"")
             self.has_begun.set()
 
@@ -1180,8 +1181,12 @@ class ChatKitServerImpl(ChatKitServer[Context]):
     def turns_of(self, thread_id: str) -> list[Turn]:
         return [turn for turn in self.turns if turn.thread_id == thread_id]
 
+    async def stop_all_turns(self) -> None:
+        """Stop every turn because the server ends, and wait until what was streamed is stored."""
+        await stop_turns(list(self.turns), SERVER_STOPPED)
+
     async def check(self, request: ChatKitReq, context: Context) -> None:
-        """Refuse what chatkit would answer with a 500, a broken stream or an empty one.
+        """Refuse what chatkit would answer with a 500, a broken stream or an empty one. Cap limit.
 
         Raises HTTPException (400 or 409) or NotFoundError. chatkit itself refuses other mistakes.
         """
@@ -1373,7 +1378,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
 
 
 def extend_item(item: Any, update: ThreadItemUpdate) -> None:
-    """Apply an update to a streamed message, as the client does.
+    """Apply an update to a streamed message. It is always about the newest part.
 
     In place: chatkit stores this same object if its task is cancelled.
     """
@@ -1387,7 +1392,7 @@ def extend_item(item: Any, update: ThreadItemUpdate) -> None:
 
 
 async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Events:
-    """Log errors, and raise them with the words that the person in the chat reads."""
+    """Log a Store's and the run's errors, and raise them with the words that the person reads."""
     try:
         async for event in events:
             yield event
@@ -1413,7 +1418,7 @@ STOPPED_CALL = "The call was stopped before its result was known. It may have be
 def hidden_content(item: ThreadItem, mark: str) -> list[Any]:
     """Return what one of our hidden items with this mark holds; [] for any other item."""
     match item:
-        case HiddenContextItem(content={"type": found, "input": held}) if found == mark:
+        case HiddenContextItem(content={"type": found, "input": list(held)}) if found == mark:
             return held
     return []
 
@@ -1454,8 +1459,8 @@ class ToolMemory(RunHooks[Any]):
             return
         # The run's event comes only when all parallel calls have ended.
         self.outputs[call.call_id] = ItemHelpers.tool_call_output_item(call, result)["output"]
-        # A client tool sets `client_tool_call`. Parallel tools share the context: the tool with the
-        # name of that call has set it, or else the first one that ends.
+        # A client tool sets `client_tool_call`, which parallel tools share: it is the call of that
+        # name, or else the first one that ends.
         asked = self.agent_context.client_tool_call
         if asked and (asked.name == tool.name or not self.client_call_id):
             self.client_call_id = call.call_id
@@ -1600,7 +1605,7 @@ def kind_of(item: Any) -> Any:
 
 
 def simplified(item: Any) -> Any:
-    """Return the item without blank texts, as a string if it holds nothing but texts.
+    """Return the item without blank texts. Its content is a string if it has only texts.
 
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
     the calls that follow, and keep their reasoning. A call's arguments become a JSON object, and
@@ -1652,7 +1657,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     # The garbage collector need not look at what the imports made. This saves 5 % of the CPU time.
     gc.freeze()
     yield
-    await stop_turns(list(server.turns), SERVER_STOPPED)
+    await server.stop_all_turns()
 
 
 async def warm_up() -> None:
@@ -1661,10 +1666,9 @@ async def warm_up() -> None:
         ProviderModel(model.model, canned_reply="Warm."),
         ProviderModel(model.model, base_url="http://127.0.0.1:0", api_key="none"),
     ):
-        agent = Agent("Warm-up", model=dummy)
         # Some providers' clients look for credentials on the network.
         with suppress(Exception), anyio.fail_after(5):
-            async for _ in Runner.run_streamed(agent, "Hello.").stream_events():
+            async for _ in Runner.run_streamed(Agent("Warm", model=dummy), "Hi.").stream_events():
                 pass
 
 
@@ -1702,7 +1706,7 @@ async def not_found(request: Request, error: NotFoundError) -> Response:
     return JSONResponse({"detail": str(error)}, 404)
 
 
-# CHANGE ME: who is asking. With your own login, TOKENS goes, from `lifespan` and `app`, too.
+# CHANGE ME: who is asking. With your own login, delete TOKENS here, in `lifespan` and `app`.
 async def request_context(request: Request) -> Context:
     """Return the context that the Store receives.
 
@@ -1816,12 +1820,12 @@ PAGE = """<!doctype html>
 @app.get("/chatkit", response_class=HTMLResponse)
 async def chatkit_page() -> str:
     """Show the chat in a browser."""
-    return PAGE.replace("PAGE_OPTIONS", PAGE_OPTIONS, 1)
+    return PAGE.replace("PAGE_OPTIONS", PAGE_OPTIONS, 1)  # the second one stands in a text
 
 
 # ---- Repairs -------------------------------------------------------------------------------------
 
-# What FAILURES become. LiteLLM's own map lacks this one of its finish reasons.
+# What FAILURES become: a finish reason of LiteLLM's, which its own map lacks and reads as "stop".
 FAILED_END = "malformed_function_call"
 FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", "ERROR", "error"]
 FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
@@ -1863,7 +1867,8 @@ def parse_gemini_chunk(self: GeminiChunks, chunk: Any) -> Any:
     for choice, candidate in zip(parsed.choices, chunk.get("candidates", []), strict=False):
         if not candidate.get("finishReason"):
             choice.finish_reason = None
-    parsed.hidden_params["is_finished"] = True  # LiteLLM reads it beside a finish_reason only
+    # LiteLLM sets False for every chunk, and would then ignore the finish_reason.
+    parsed.hidden_params["is_finished"] = True
     return parsed
 
 
@@ -1874,9 +1879,7 @@ async def shutdown_with_last_event(self: uvicorn.Server, sockets: Any = None) ->
     `python main.py`, `uvicorn main:app` and `--workers` alike.
     """
     loop = asyncio.get_running_loop()
-    loop.call_later(
-        STOP_SECONDS, lambda: loop.create_task(stop_turns(list(server.turns), SERVER_STOPPED))
-    )
+    loop.call_later(STOP_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
     await uvicorn_shutdown(self, sockets)
 
 

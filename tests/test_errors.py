@@ -69,6 +69,7 @@ USAGE = Raw(sse({"usageMetadata": Gemini.usage}))
 HALVES = [Text("The first "), Text("half")]
 EXPIRED = refusal("It has expired.", code=400, details=[{"reason": "API_KEY_INVALID"}])
 CREDIT = refusal("Your credit balance is too low.", type="invalid_request_error")
+RATE = Body({"error": {"message": "Slow down.", "code": 429}}, 200)
 CASES = {
     # ---- The provider refuses
     "the key": Case([Failure("key")], "KEY_REFUSED", cause="The key was ***"),
@@ -112,6 +113,8 @@ CASES = {
     "an error object": Case(
         [Failure("endpoint")], "NOT_UNDERSTOOD", ("openai", OLLAMA), cause="Unexpected endpoint"
     ),
+    "that of others": Case([Failure("endpoint")], "UNAVAILABLE", COMPATIBLE[3:], "", "method", 2),
+    "an error object with a status": Case([RATE], "RATE_LIMIT", COMPATIBLE[1:], requests=2),
     "a rate in words": Case([Stream("rate")], "RATE_LIMIT", (GROQ,), requests=2),
     "a length in words": Case([Stream("long")], "NOT_UNDERSTOOD", (GROQ, OPENROUTER)),
     "no byte": Case([Body(b"")], "NOT_UNDERSTOOD", ALL),
@@ -257,7 +260,6 @@ async def test_a_provider_that_is_not_there(main, monkeypatch, provider_name, st
 
 
 async def test_a_key_that_no_header_can_hold(main, provider, provider_name):
-    """One that was copied as it is shown, with an ellipsis."""
     local = Local(main)
     name, url = main.litellm_name(provider_name, "auto"), f"{provider.url}/{provider_name}"
     local.server.agent.model = main.ProviderModel(name, url, "sk-abc\u2026789")

@@ -142,8 +142,7 @@ async def test_a_turn_that_hangs_is_cancelled(main, monkeypatch):
     local = Local(main, store=Hanging())
     turn = await local.start("go")
     await hangs.wait()
-    stops = [main.stop_turns([turn], main.SERVER_STOPPED) for _ in range(2)]
-    await asyncio.gather(*stops)
+    await asyncio.gather(local.server.stop_all_turns(), local.server.stop_all_turns())
     assert turn.task.cancelled() and not local.server.turns
     events = [event async for event in turn]
     assert events.count(main.SERVER_STOPPED) == 1 and events[-1] == main.SERVER_STOPPED

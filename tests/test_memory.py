@@ -147,14 +147,17 @@ def test_what_is_kept_of_an_output(custom_chat, provider, main):
         assert re.fullmatch(pattern, output) and len(output) < main.TOOL_OUTPUT_LENGTH + 50
 
 
-def test_arguments_are_always_an_object_and_never_long(main):
+async def test_arguments_are_always_an_object_and_never_long(main, provider):
     """LiteLLM parses them for Gemini and Anthropic: others would fail every later turn."""
     texts = ('{"a": "ö"}', "", "{", "[1]")
     kept = [{"a": "ö"}, {}, {"arguments": "{"}, {"arguments": "[1]"}]
     assert [json.loads(main.as_arguments(text)) for text in texts] == kept
-    cut = main.shortened(json.dumps({"text": "x" * 200_000}))
-    long = json.loads(main.as_arguments(cut))["arguments"]
-    assert "characters were cut out here" in long and len(long) < main.TOOL_OUTPUT_LENGTH + 100
+    local = Local(main, provider, **TOOLS)
+    provider.script["go"] = [[ToolCall("stock", {"city": "x" * 200_000})], [Text("It is far.")]]
+    for text in ("go", "and on"):
+        await local.say(text)
+    body = str(provider.requests[-1].body)  # its arguments and its output
+    assert body.count("characters were cut out here") == 2 < len(body) / main.TOOL_OUTPUT_LENGTH < 3
 
 
 @function_tool(name_override="stock")
