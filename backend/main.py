@@ -87,8 +87,7 @@ def clean_variables() -> None:
 clean_variables()
 load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
 clean_variables()  # again, for the blank ones of .env
-for name, value in DEFAULTS.items():
-    os.environ.setdefault(name, value)
+os.environ.update({**DEFAULTS, **os.environ})
 
 import asyncio
 import gc
@@ -417,8 +416,6 @@ class ErrorKind:
     words: str = ""
 
 
-# For these, chatkit removes the turn's messages.
-GUARDRAILS = (InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered)
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
     is_left_out=True,
@@ -497,39 +494,45 @@ REFUSED_MESSAGE = ErrorKind(
     statuses=[400, 413, 422],
 )
 NO_KEY = ErrorKind("This server has no {key}. Set it, or try PROVIDER=mock.")
-USED_UP = "The quota or credit at the AI provider is used up. Check the plan and billing of {key}."
-UNKNOWN_MODEL = "The AI provider does not know the model {model}, or refuses it. Check MODEL."
-KEY_REFUSED = "The AI provider refused the key. Check {key}."
-QUOTA_WORDS = (
-    "insufficient.(quota|balance)|exceeded_current_quota|credit balance is too low|per.?day"
+USED_UP = ErrorKind(
+    "The quota or credit at the AI provider is used up. Check the plan and billing of {key}.",
+    statuses=range(400, 600),
+    words="insufficient.(quota|balance)|exceeded_current_quota|credit balance is too low|per.?day"
     "|limit: 0|api usage limits|billing_|billing hard limit|spend(ing)? (cap|limit)"
     "|credits are depleted|ly usage limit|key limit exceeded|credits or licenses"
-    "|used all available credits|arrearage|free tier is not available"
+    "|used all available credits|arrearage|free tier is not available",
 )
-MODEL_WORDS = (
-    "model_not_(found|available|supported)|invalid_model|valid model|model not exist|AccessDenied"
-    '|model not found|is not found for API|no endpoints found for|"model: '
+UNKNOWN_MODEL = ErrorKind(
+    "The AI provider does not know the model {model}, or refuses it. Check MODEL.",
+    statuses=[400, 403, 404],
+    words="model_not_(found|available|supported)|invalid_model|valid model|model not exist"
+    '|AccessDenied|model not found|is not found for API|no endpoints found for|"model: '
     "|LLM provider NOT provided|model \\S+ does not exist|not found, try pulling|' not found"
     "|was not found or your project|no longer (available|supported)|not a chat model"
     "|in v1/responses|end of its life|model identifier|inference profile|no models loaded"
-    "|unavailable model|specified model|unknown model"
+    "|unavailable model|specified model|unknown model",
+)
+KEY_REFUSED = ErrorKind(
+    "The AI provider refused the key. Check {key}.",
+    statuses=[400, 500],  # 500: no header can hold the key
+    words="api.key.(not valid|invalid)|incorrect api key|'ascii' codec",
 )
 CHAT_ERRORS = [  # the first that fits is the one: a used-up quota is a 429, too
-    ErrorKind(USED_UP, statuses=[402]),
-    ErrorKind(USED_UP, statuses=range(400, 600), words=QUOTA_WORDS),
-    ErrorKind(UNKNOWN_MODEL, statuses=[400, 403, 404], words=MODEL_WORDS),
+    replace(USED_UP, statuses=[402], words=""),
+    USED_UP,
+    UNKNOWN_MODEL,
     replace(REFUSED_MESSAGE, statuses=[404], words="image input"),
     ErrorKind(
         "The AI provider has nothing at this address. The server's log has the reason.{hint}",
         statuses=[404, 405],
     ),
     FILTERED,
-    ErrorKind(KEY_REFUSED, statuses=[401], classes=(litellm.exceptions.AuthenticationError,)),
     ErrorKind(
-        KEY_REFUSED,
-        statuses=[400, 500],  # 500: no header can hold the key
-        words="api.key.(not valid|invalid)|incorrect api key|'ascii' codec",
+        KEY_REFUSED.message,
+        statuses=[401],
+        classes=(litellm.exceptions.AuthenticationError,),
     ),
+    KEY_REFUSED,
     ErrorKind(
         "The AI provider refused access. Check {key}. The server's log has the reason.",
         statuses=[403],
@@ -540,7 +543,8 @@ CHAT_ERRORS = [  # the first that fits is the one: a used-up quota is a 429, too
         "This server's rules do not allow this. Rephrase your message.",
         is_left_out=True,
         classes=(
-            *GUARDRAILS,
+            InputGuardrailTripwireTriggered,
+            OutputGuardrailTripwireTriggered,
             ToolInputGuardrailTripwireTriggered,
             ToolOutputGuardrailTripwireTriggered,
         ),
@@ -1044,7 +1048,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         # items are stored by them, and the words of errors last.
         events = stream_agent_response(agent_context, turn.run)
         events = with_unique_ids(events, agent_context)
-        events = require_answer(events, turn)
         events = with_everything_stored(events, turn, memory)
         events = with_chat_errors(events, turn, memory)
         async for event in events:
@@ -1313,17 +1316,8 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
         yield event
 
 
-async def require_answer(events: Events, turn: Turn) -> Events:
-    """Raise ChatError if a turn completes nothing that the user can see as an answer."""
-    answered = False
-    async for event in events:
-        answered |= is_answer(event)
-        yield event
-    if not answered and not turn.stopped:
-        raise ChatError(EMPTY_REPLY, turn.model)
-
-
 def is_answer(event: ThreadStreamEvent) -> bool:
+    """Return whether the user sees this as an answer."""
     if event.type != "thread.item.done":
         return event.type in ("thread.item.replaced", "client_effect", "notice")
     match event.item:
@@ -1364,11 +1358,6 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 case ThreadItemRemovedEvent(item_id=id):
                     unfinished.pop(id, None)
             yield event
-    except GUARDRAILS:  # the turn's items are removed. The client never heard of the tool calls.
-        context = memory.agent_context
-        for id in memory.hidden_ids:
-            await context.store.delete_thread_item(context.thread.id, id, context.request_context)
-        raise
     except Exception as error:
         failure = error
     for item in [*unfinished.values(), *memory.take_items(memory.messages_completed)]:
@@ -1392,15 +1381,24 @@ def extend_item(item: Any, update: ThreadItemUpdate) -> None:
 
 
 async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Events:
-    """Log a Store's and the run's errors, and raise them with the words that the person reads."""
+    """Log a Store's and the run's errors, and raise them with the words that the person reads.
+
+    A turn that completes no answer is an error, too.
+    """
+    answered = False
     try:
         async for event in events:
+            answered |= is_answer(event)
             yield event
+        if not answered and not turn.stopped:
+            raise ChatError(EMPTY_REPLY, turn.model)
     except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
         log_error(known)
         if isinstance(known, ChatError) and known.kind.is_left_out:
-            refused = memory.hidden_item(REFUSED_ITEMS, [*turn.question_ids, *memory.hidden_ids])
+            for id in memory.hidden_ids:  # the client never heard of these
+                await turn.server.store.delete_thread_item(turn.thread_id, id, turn.context)
+            refused = memory.hidden_item(REFUSED_ITEMS, turn.question_ids)
             yield ThreadItemDoneEvent(item=refused)
         raise known
 
@@ -1827,9 +1825,9 @@ async def chatkit_page() -> str:
 
 # What FAILURES become: a finish reason of LiteLLM's, which its own map lacks and reads as "stop".
 FAILED_END = "malformed_function_call"
-FAILURES = [FAILED_END, "FINISH_REASON_UNSPECIFIED", "MALFORMED_FUNCTION_CALL", "ERROR", "error"]
-FAILURES += ["MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE", "TOO_MANY_TOOL_CALLS"]
-FAILURES += ["UNEXPECTED_TOOL_CALL", "network_error", "insufficient_system_resource"]
+FAILURES = """malformed_function_call MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL
+    TOO_MANY_TOOL_CALLS MISSING_THOUGHT_SIGNATURE MALFORMED_RESPONSE FINISH_REASON_UNSPECIFIED
+    ERROR error network_error insufficient_system_resource"""
 parse_chunk: Any = GeminiChunks.chunk_parser
 uvicorn_shutdown = uvicorn.Server.shutdown
 
@@ -1853,7 +1851,7 @@ def repair_libraries() -> None:
     warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
     # Workaround (LiteLLM 16651): it reads these words of providers as "stop", a normal end.
     words: Any = core_helpers._FINISH_REASON_MAP
-    words.update(dict.fromkeys(FAILURES, FAILED_END), model_length="length")
+    words.update(dict.fromkeys(FAILURES.split(), FAILED_END), model_length="length")
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
     uvicorn.Server.shutdown = shutdown_with_last_event  # type: ignore[method-assign]
 

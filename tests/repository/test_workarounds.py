@@ -33,7 +33,7 @@ def collect(server) -> None:
 
 def test_words_for_a_failure(main):
     """LiteLLM 16651: it says "stop", a normal end, for these words of providers."""
-    ends = {word: core_helpers.map_finish_reason(word) for word in main.FAILURES}
+    ends = {word: core_helpers.map_finish_reason(word) for word in main.FAILURES.split()}
     assert set(ends.values()) == {main.FAILED_END}
 
 
