@@ -168,6 +168,7 @@ from chatkit.types import (
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
@@ -859,12 +860,11 @@ class Turn(AsyncIterator[bytes]):
 
     server: ChatKitServerImpl  # this turn is among its `turns` while its task runs
     context: Context
-    thread_id: str = ""  # "" until chatkit has made the thread
+    thread_id: str  # "" until chatkit has made the thread
     # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold the
     # provider's connection. b"" is the end.
     queue: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
-    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] = field(init=False)  # see `start`
+    task: asyncio.Task[None] = field(init=False)  # see `process`
     run: Any = None  # the RunResultStreaming, as soon as there is one
     question_ids: list[str] = field(default_factory=list)  # of the messages that it answers
     model: ProviderModel = model  # the one that ran last
@@ -875,17 +875,6 @@ class Turn(AsyncIterator[bytes]):
     first_delta: float = 0
 
     # ---- What the response does with it
-
-    async def start(self, events: Events) -> None:
-        """Start the task, and return when its first event is in the queue.
-
-        Raises the error of a task that fails before its first event.
-        """
-        self.server.turns.add(self)
-        self.task = asyncio.create_task(self.fill_queue(events))
-        await self.has_begun.wait()
-        if self.task.done():
-            self.task.result()
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
@@ -925,19 +914,16 @@ class Turn(AsyncIterator[bytes]):
     # ---- What the turn's task does
 
     async def fill_queue(self, events: Events) -> None:
-        """Put the turn's events into the queue, and then its end."""
+        """Put the turn's other events into the queue, and then its end."""
         Turn.current.set(self)
         try:
             async for event in events:
-                if event.type == "error" and event.code != "custom":
+                if getattr(event, "code", "custom") != "custom":  # an error without words
                     # Another process may have deleted the thread: this raises NotFoundError,
                     # for which the client gets a better message.
                     await self.server.store.load_thread(self.thread_id, self.context)
                 self.put(event)
         except Exception as error:
-            self.outcome = "error"
-            if not self.has_begun.is_set():
-                raise  # `start` raises it
             self.put(error_event(error))
         finally:
             if self.run:
@@ -948,21 +934,19 @@ class Turn(AsyncIterator[bytes]):
                 await self.run.context_wrapper.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
             self.write_log_line()
-            # No await may follow: `start` looks whether the task has failed when it has begun.
             self.queue.put_nowait(b"")
-            self.has_begun.set()
 
     def put(self, event: ThreadStreamEvent) -> None:
         """Queue an event for the client. A turn that was stopped sends nothing more."""
-        if event.type == "thread.created":
-            self.thread_id = event.thread.id
-        elif event.type == "thread.item.updated":
-            self.first_delta = self.first_delta or time.monotonic() - self.start_time
-        elif event.type == "error":
-            self.outcome = "error"
+        match event.type:
+            case "thread.created":
+                self.thread_id = event.thread.id
+            case "thread.item.updated":
+                self.first_delta = self.first_delta or time.monotonic() - self.start_time
+            case "error":
+                self.outcome = "error"
         if not self.stopped:
             self.queue.put_nowait(as_sse(event))
-        self.has_begun.set()
 
     def write_log_line(self) -> None:
         """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
@@ -971,7 +955,7 @@ class Turn(AsyncIterator[bytes]):
             "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
             " input_tokens=%s output_tokens=%s",
             os.getpid(),
-            self.thread_id or "-",
+            self.thread_id,
             self.model.provider,
             self.model.model,
             self.outcome,
@@ -1099,7 +1083,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Return the items that the model sees, newest first. A user message is among them."""
         page = Page[ThreadItem](has_more=True)
         items: list[ThreadItem] = []
-        while page.has_more and not any(item.type == "user_message" for item in items):
+        while page.has_more and "user_message" not in [item.type for item in items]:
             page = await self.store.load_thread_items(
                 thread_id, page.after, HISTORY_ITEMS, "desc", context
             )
@@ -1123,23 +1107,24 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         Raises HTTPException (400 or 409) or NotFoundError before chatkit stores anything.
         """
-        parsed = parse_request(request)
-        await self.check(parsed, context)
-        thread_id = getattr(parsed.params, "thread_id", "")
-        if thread_id:
-            await self.settle_turns(parsed, thread_id)
-        if parsed.type == "threads.add_client_tool_output":
-            await self.put_tool_call_last(thread_id, context)
-
         # Not super().process(): a stream is a Turn here. And it builds the TypeAdapter again for
         # every request, which takes 20 ms.
+        parsed = parse_request(request)
+        thread_id = getattr(parsed.params, "thread_id", "")
         try:
+            await self.check(parsed, thread_id, context)
+            await self.settle_turns(parsed, thread_id)
+            if parsed.type == "threads.add_client_tool_output":
+                await self.put_tool_call_last(thread_id, context)
             if not is_streaming_req(parsed):
                 return NonStreamingResult(await self._process_non_streaming(parsed, context))
             turn = Turn(self, context, thread_id)
-            await turn.start(self._process_streaming_impl(parsed, context))
+            events = self._process_streaming_impl(parsed, context)
+            turn.put(await anext(events))  # the first event's error is the request's
+            self.turns.add(turn)
+            turn.task = asyncio.create_task(turn.fill_queue(events))
             return StreamingResult(turn)  # type: ignore[arg-type]  # it is no generator
-        except NotImplementedError:  # of chatkit, for what you have not written
+        except NotImplementedError:  # for what you have not written
             raise HTTPException(400, f"{parsed.type} is not supported.")
         except ValueError as error:
             if type(error) is ValueError:  # a subclass, as pydantic's, may show what is stored
@@ -1148,17 +1133,18 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
-        if request.type in ("threads.delete", "threads.retry_after_item"):
-            # Twice: another turn may begin meanwhile, and would save the thread again. But a turn
-            # that hangs must not hold up a deletion for ever.
-            for _ in range(2):
-                await stop_turns(self.turns_of(thread_id))
         turns = self.turns_of(thread_id)
-        if request.type == "threads.update":
-            # A running turn may save its thread, and would bring the old title back.
-            for turn in turns:
-                if turn.run:
-                    turn.run.context_wrapper.context.thread.title = request.params.title
+        match request.type:
+            case "threads.delete" | "threads.retry_after_item":
+                # Twice: another turn may begin meanwhile, and would save the thread again. But a
+                # turn that hangs must not hold up a deletion for ever.
+                for _ in range(2):
+                    await stop_turns(self.turns_of(thread_id))
+            case "threads.update":
+                # A running turn may save its thread, and would bring the old title back.
+                for turn in turns:
+                    if turn.run:
+                        turn.run.context_wrapper.context.thread.title = request.params.title
         if is_streaming_req(request):
             # A user may stop a reply and send a message at once. The server may see the message
             # first: it waits, so that what was streamed is stored before it.
@@ -1188,7 +1174,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Stop every turn because the server ends, and wait until what was streamed is stored."""
         await stop_turns(list(self.turns), SERVER_STOPPED)
 
-    async def check(self, request: ChatKitReq, context: Context) -> None:
+    async def check(self, request: ChatKitReq, thread_id: str, context: Context) -> None:
         """Refuse what chatkit would answer with a 500, a broken stream or an empty one. Cap limit.
 
         Raises HTTPException (400 or 409) or NotFoundError. chatkit itself refuses other mistakes.
@@ -1197,7 +1183,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if getattr(params, "limit", None):  # None and 0 are chatkit's default
             require(params.limit > 0, "limit must be at least 1.")
             params.limit = min(params.limit, MAX_PAGE)
-        if thread_id := getattr(params, "thread_id", ""):
+        if thread_id:
             status = (await self.store.load_thread(thread_id, context)).status
             wants_reply = request.type in ("threads.add_user_message", "threads.retry_after_item")
             if wants_reply and status.type != "active":  # locked or closed by an application
@@ -1215,7 +1201,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
-                require(self.action != super().action, f"{request.type} is not supported.")
+                if self.action == super().action:
+                    raise NotImplementedError
                 if params.item_id:  # an action may be about no item
                     item = await self.store.load_item(thread_id, params.item_id, context)
                     require(item.type == "widget", f"Item {item.id} is not a widget.")
@@ -1296,7 +1283,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
     placeholder `__fake_id__`, and each would overwrite the one before. Items whose id comes from
     the store (workflows, widgets) keep it.
     """
-    id_mapping = {}  # the model's id -> the newest of ours
+    id_mapping = {"__fake_id__": ""}  # the model's id -> the newest of ours; calls have it, too
     given = []
     async for event in events:
         match event:
@@ -1309,7 +1296,7 @@ async def with_unique_ids(events: Events, agent_context: ChatContext) -> Events:
                 item.call_id = item.id = agent_context.generate_id("tool_call")
             case ThreadItemDoneEvent(item=item):
                 item.id = id_mapping.get(item.id, item.id)
-            case ThreadItemRemovedEvent(item_id=id) if id in (*id_mapping, "__fake_id__"):
+            case ThreadItemRemovedEvent(item_id=id) if id in id_mapping:
                 for id in given:  # a guardrail removes every message of the turn
                     yield ThreadItemRemovedEvent(item_id=id)
                 continue
@@ -1333,7 +1320,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
 
     chatkit stores an item when it is done: what was streamed of an unfinished one would be lost.
     """
-    unfinished: dict[str, ThreadItem] = {}  # by id
+    unfinished: dict[str, Any] = {}  # by id: the event that would complete the item
     messages_begun = 0
     failure = None
     try:
@@ -1341,18 +1328,19 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
             if turn.stopped and event.type != "thread.item.removed":
                 continue  # nobody sees this event, so it must not be stored
             match event:
-                case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
-                    extend_item(unfinished[id], update)
-                case ThreadItemAddedEvent(item=item):
-                    unfinished[item.id] = item
-                    if item.type == "assistant_message":
-                        for hidden in memory.take_items(messages_begun):
-                            yield ThreadItemDoneEvent(item=hidden)
-                        messages_begun += 1
-                case ThreadItemDoneEvent(item=ClientToolCallItem()):
+                case (
+                    ThreadItemAddedEvent(item=AssistantMessageItem())
                     # chatkit looks for it at the end of the thread: its reasoning comes before it.
-                    for hidden in memory.take_items(memory.messages_completed):
-                        yield ThreadItemDoneEvent(item=hidden)
+                    | ThreadItemDoneEvent(item=ClientToolCallItem())
+                ):
+                    for call in memory.take_calls(messages_begun):
+                        yield call
+                    messages_begun += 1
+            match event:
+                case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
+                    extend_item(unfinished[id].item, update)
+                case ThreadItemAddedEvent(item=item):
+                    unfinished[item.id] = ThreadItemDoneEvent(item=item)
                 case ThreadItemDoneEvent(item=item) | ThreadItemReplacedEvent(item=item):
                     unfinished.pop(item.id, None)
                 case ThreadItemRemovedEvent(item_id=id):
@@ -1360,8 +1348,8 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
             yield event
     except Exception as error:
         failure = error
-    for item in [*unfinished.values(), *memory.take_items(memory.messages_completed)]:
-        yield ThreadItemDoneEvent(item=item)
+    for event in [*unfinished.values(), *memory.take_calls(memory.messages_completed)]:
+        yield event
     if failure:
         raise failure
 
@@ -1395,11 +1383,11 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
     except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
         log_error(known)
-        if isinstance(known, ChatError) and known.kind.is_left_out:
-            for id in memory.hidden_ids:  # the client never heard of these
-                await turn.server.store.delete_thread_item(turn.thread_id, id, turn.context)
-            refused = memory.hidden_item(REFUSED_ITEMS, turn.question_ids)
-            yield ThreadItemDoneEvent(item=refused)
+        match known:
+            case ChatError(kind=ErrorKind(is_left_out=True)):
+                for id in memory.hidden_ids:  # the client never heard of these
+                    await turn.server.store.delete_thread_item(turn.thread_id, id, turn.context)
+                yield memory.hidden_item(REFUSED_ITEMS, turn.question_ids)
         raise known
 
 
@@ -1441,8 +1429,9 @@ class ToolMemory(RunHooks[Any]):
     async def on_llm_start(self, context: Any, agent: Any, prompt: Any, input: list[Any]) -> None:
         # If a call never ran, because there is no such tool, its output is only in the next input.
         for item in input:
-            if item.get("type") == "function_call_output":
-                self.outputs.setdefault(item["call_id"], item["output"])
+            match item:
+                case {"type": "function_call_output", "call_id": id, "output": output}:
+                    self.outputs[id] = output
 
     async def on_llm_end(self, context: Any, agent: Any, response: ModelResponse) -> None:
         # The run's events would not do: a stop drops those that were not read yet.
@@ -1463,30 +1452,32 @@ class ToolMemory(RunHooks[Any]):
         if asked and (asked.name == tool.name or not self.client_call_id):
             self.client_call_id = call.call_id
 
-    def take_items(self, count: int) -> Iterator[HiddenContextItem]:
-        """Remove and yield what is to be stored after this number of the turn's messages."""
+    def take_calls(self, count: int) -> Iterator[ThreadItemDoneEvent]:
+        """Remove and yield what is to be stored after this number of the turn's messages.
+
+        A call without an output was stopped.
+        """
         while self.steps and self.steps[0][0] <= count:
-            if kept := self.remembered(self.steps.pop(0)[1]):
-                yield self.hidden_item(REMEMBERED_CALL, kept)
+            kept, answers, has_call = [], [], False
+            for item in self.steps.pop(0)[1].to_input_items():
+                match item:
+                    case {"type": "reasoning"}:
+                        kept.append(item)
+                    case {"type": "function_call", "call_id": id, "name": name} if (
+                        name not in self.forgotten_tools
+                    ):
+                        has_call = True
+                        if id == self.client_call_id:
+                            continue  # chatkit stores it itself, after this item
+                        kept.append({**item, "arguments": shortened(item["arguments"])})
+                        output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
+                        answers.append(
+                            {"type": "function_call_output", "call_id": id, "output": output}
+                        )
+            if has_call and kept:
+                yield self.hidden_item(REMEMBERED_CALL, kept + answers)
 
-    def remembered(self, step: Any) -> list[Any]:
-        """Return what later turns are told of the step. A call without an output was stopped."""
-        said = [
-            item for item in step.to_input_items() if item.get("name") not in self.forgotten_tools
-        ]
-        calls = [item for item in said if item["type"] == "function_call"]
-        kept = [item for item in said if item["type"] == "reasoning"]
-        answers = []
-        for call in calls:
-            id = call["call_id"]
-            if id == self.client_call_id:
-                continue  # chatkit stores it itself, after this item
-            output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
-            kept.append({**call, "arguments": shortened(call["arguments"])})
-            answers.append({"type": "function_call_output", "call_id": id, "output": output})
-        return kept + answers if calls else []
-
-    def hidden_item(self, mark: str, content: list[Any]) -> HiddenContextItem:
+    def hidden_item(self, mark: str, content: list[Any]) -> ThreadItemDoneEvent:
         item = HiddenContextItem(
             id=self.agent_context.generate_id("sdk_hidden_context"),
             thread_id=self.agent_context.thread.id,
@@ -1494,7 +1485,7 @@ class ToolMemory(RunHooks[Any]):
             content={"type": mark, "input": content},
         )
         self.hidden_ids.append(item.id)
-        return item
+        return ThreadItemDoneEvent(item=item)
 
 
 def as_text(output: Any) -> str:
@@ -1510,8 +1501,8 @@ def as_arguments(text: str) -> str:
 
     LiteLLM and vLLM parse them again in every later request.
     """
-    with suppress(ValueError, RecursionError):
-        if isinstance(json.loads(text), dict):
+    with suppress(ValueError):
+        if isinstance(from_json(text), dict):
             return text
     return as_json({"arguments": text} if text else {})
 
@@ -1569,8 +1560,7 @@ def model_input(items: str | list[Any], name: str) -> tuple[list[Any], bool]:
     """
     messages: list[Any] = [{}]  # so that there is a last one; it is left out in the end
     is_begun_by_another = False
-    for item in ItemHelpers.input_to_new_input_list(items):
-        message = simplified(item)
+    for message in map(simplified, ItemHelpers.input_to_new_input_list(items)):  # of copies
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
         origin = message.get("provider_data", {})
@@ -1599,7 +1589,7 @@ def model_input(items: str | list[Any], name: str) -> tuple[list[Any], bool]:
 
 def kind_of(item: Any) -> Any:
     """Return user, assistant, reasoning, function_call or function_call_output."""
-    return item.get("role") or item.get("type")
+    return item.get("role", item.get("type"))
 
 
 def simplified(item: Any) -> Any:
@@ -1610,9 +1600,9 @@ def simplified(item: Any) -> Any:
     its id nine digits: Mistral takes nine digits or letters.
     """
     if "call_id" in item:
-        item = {**item, "call_id": f"{crc32(item['call_id'].encode()) % 10**9:09}"}
+        item["call_id"] = f"{crc32(item['call_id'].encode()) % 10**9:09}"
     if "arguments" in item:
-        item = {**item, "arguments": as_arguments(item["arguments"])}
+        item["arguments"] = as_arguments(item["arguments"])
     place = "content" if "role" in item else "output"
     if place not in item:
         return item
@@ -1629,7 +1619,7 @@ def parts_of(content: Any) -> list[Any]:
     """Return the parts of a message or a tool's output, which may be a string."""
     if isinstance(content, str):
         return [{"type": "input_text", "text": content}] if content else []
-    return list(content)
+    return content
 
 
 def as_json(value: Any) -> str:
@@ -1714,9 +1704,9 @@ async def request_context(request: Request) -> Context:
     """
     if not TOKENS:
         return {}
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    bearer = await HTTPBearer(auto_error=False)(request)
     for token, user in TOKENS.items():
-        if scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), given.encode()):
+        if bearer and secrets.compare_digest(token.encode(), bearer.credentials.encode()):
             return {"user_id": user}
     raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
 
@@ -1838,7 +1828,7 @@ def repair_libraries() -> None:
     litellm.suppress_debug_info = True
     # Workaround (LiteLLM, no issue known): it ends a stream after 100 equal chunks. A long table
     # rule has more of them.
-    litellm.REPEATED_STREAMING_CHUNK_LIMIT = 2**63  # type: ignore[attr-defined]  # untyped
+    litellm.REPEATED_STREAMING_CHUNK_LIMIT = 1_000_000_000  # type: ignore[attr-defined]  # untyped
     # Workaround (LiteLLM, no issue known): if a provider reports no tokens, it downloads a
     # tokenizer to count them.
     litellm.disable_token_counter = True
@@ -1876,8 +1866,9 @@ async def shutdown_with_last_event(self: uvicorn.Server, sockets: Any = None) ->
     The turns are stopped after STOP_SECONDS, so that each client gets a last event, with
     `python main.py`, `uvicorn main:app` and `--workers` alike.
     """
-    loop = asyncio.get_running_loop()
-    loop.call_later(STOP_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
+    asyncio.get_running_loop().call_later(
+        STOP_SECONDS, lambda: asyncio.create_task(server.stop_all_turns())
+    )
     await uvicorn_shutdown(self, sockets)
 
 
