@@ -169,6 +169,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
+from litellm.constants import openai_compatible_providers
 from litellm.litellm_core_utils import core_helpers
 from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import (
     ModelResponseIterator as GeminiChunks,
@@ -686,6 +687,10 @@ class ProviderModel(LitellmModel):
             include_usage=True,  # the log counts the tokens
             extra_args={
                 "max_retries": 0,  # of OpenAI's client
+                # For some of these providers LiteLLM would drop it.
+                "allowed_openai_params": (
+                    ["max_retries"] if self.provider in openai_compatible_providers else []
+                ),
                 "drop_params": True,  # settings that the model does not know
                 "mock_response": canned_reply,
             },

@@ -319,6 +319,17 @@ def test_how_long_a_second_try_waits(main):
     assert [main.is_worth_a_retry(context) for context in asked] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["nvidia_nim", "zai"])
+async def test_no_client_of_a_library_tries_again(main, provider, name):
+    """LiteLLM does not pass `max_retries` on to these: each of the two tries would be three."""
+    provider.script["do it"] = [[Failure("server", 503)]]
+    local = Local(main)
+    model = main.ProviderModel(f"{name}/any", f"{provider.url}/openai", "openai-key-0123456789")
+    local.server.agent.model = model
+    await local.say("do it")
+    assert len(provider.requests) == 2
+
+
 @pytest.mark.parametrize("route", ["openai", "anthropic", "gemini", "mistral", "own"])
 def test_an_unknown_tool_again_and_again(main, server, chat, provider, route):
     provider.script["do it"] = [[THOUGHT, ToolCall("nope")]]
