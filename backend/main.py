@@ -43,7 +43,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dotenv import dotenv_values, load_dotenv
+from dotenv import dotenv_values
 
 # ---- Environment ---------------------------------------------------------------------------------
 
@@ -69,25 +69,16 @@ DEFAULTS = {
     "AIOHTTP_CONNECTOR_LIMIT": "10000",
 }
 
-
-def clean_variables() -> None:
-    """Remove blank variables: docker compose sets them, and .env.example holds some.
-
-    They would hide the values in .env, and LiteLLM would send a blank key. Values are stripped,
-    too: a key may end with a line break, which no header may hold.
-    """
-    ours = {*DEFAULTS, *dotenv_values(ENV_FILE, encoding="utf-8-sig")}
-    for name, value in os.environ.copy().items():
-        if name in ours or name.endswith("_API_KEY"):
-            os.environ[name] = value.strip()
-            if not value.strip():
-                del os.environ[name]
-
-
-clean_variables()
-load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
-clean_variables()  # again, for the blank ones of .env
-os.environ.update({**DEFAULTS, **os.environ})
+# What the environment has wins over .env, and .env over DEFAULTS. A blank value counts as none:
+# docker compose sets them, and .env.example holds some. LiteLLM would send a blank key, and no
+# header may hold the line break at the end of another one. Windows may write .env with a byte order
+# mark (-sig).
+GIVEN_KEYS = {name: "" for name in os.environ if name.endswith("_API_KEY")}
+for variables in (GIVEN_KEYS, dotenv_values(ENV_FILE, encoding="utf-8-sig"), DEFAULTS):
+    for name, value in variables.items():
+        text = (os.environ.pop(name, "").strip() or value or "").strip()
+        if text:
+            os.environ[name] = text
 
 import asyncio
 import gc
@@ -119,8 +110,10 @@ from agents import (
     ModelProvider,
     ModelRefusalError,
     ModelResponse,
+    ModelRetrySettings,
     ModelSettings,
     OutputGuardrailTripwireTriggered,
+    RetryPolicyContext,
     RunConfig,
     RunHooks,
     Runner,
@@ -134,7 +127,6 @@ from agents import (
 )
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.models import get_default_model_settings
-from agents.retry import ModelRetrySettings, RetryPolicyContext
 from chatkit.agents import AgentContext, ThreadItemConverter, stream_agent_response
 from chatkit.errors import CustomStreamError, ErrorCode
 from chatkit.server import ChatKitServer, NonStreamingResult, StreamingResult
@@ -246,21 +238,22 @@ def user_of(context: Context) -> str:
     return context["user_id"] if context else ""
 
 
+@dataclass
 class Table:
     """Rows in the order in which they were added, as JSON: callers share no object with the store.
 
     A row's owner is its user, or an item's thread. Raises NotFoundError for an unknown id.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.rows: dict[str, dict[str, tuple[Any, str]]] = {}  # rows[owner][id] = (class, JSON)
+    kind: str
+    # rows[owner][id] = (class, JSON)
+    rows: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)
 
     def load(self, owner: str, id: str) -> Any:
-        rows = self.rows.get(owner, {})
-        if id not in rows:
+        try:
+            row_class, text = self.rows[owner][id]
+        except KeyError:
             raise NotFoundError(f"{self.kind} {id} not found")
-        row_class, text = rows[id]
         return row_class.model_validate_json(text)
 
     def save(self, owner: str, value: Any) -> None:
@@ -312,10 +305,10 @@ class MemoryStore(Store[Context]):
     async def save_thread(self, thread: ThreadMetadata, context: Context) -> None:
         if thread.id in self._items.rows:
             await self.load_thread(thread.id, context)  # it may be another user's
-        self._items.rows.setdefault(thread.id, {})
+        else:
+            self._items.rows[thread.id] = {}
         # chatkit may pass a Thread, which has its items with it.
-        thread = ThreadMetadata(**thread.model_dump())
-        self._threads.save(user_of(context), thread)
+        self._threads.save(user_of(context), ThreadMetadata(**thread.model_dump()))
 
     async def load_threads(
         self, limit: int, after: str | None, order: str, context: Context
@@ -383,12 +376,12 @@ def litellm_name(provider: str, model: str) -> str:
     """Return LiteLLM's name for the model, "provider/model". Without one, the program ends."""
     if model == "auto":
         model = DEFAULT_MODELS.get(provider, "")
-    if not model or provider not in ["mock", *litellm.provider_list]:
+    prefix = "openai" if provider == "mock" else provider
+    if not model or prefix not in litellm.provider_list:
         raise SystemExit(
             f"PROVIDER={provider!r} must be one of {', '.join(DEFAULT_MODELS)}. Any other provider"
             " of LiteLLM needs MODEL, too."
         )
-    prefix = "openai" if provider == "mock" else provider
     # On a server of your own it may be a part of the id, as in vLLM's "openai/gpt-oss-20b".
     if prefix != "openai" or not address_variable("openai"):
         model = model.removeprefix(f"{prefix}/")
@@ -398,11 +391,13 @@ def litellm_name(provider: str, model: str) -> str:
 def address_variable(provider: str) -> str:
     """Return the environment variable that is set and may give the provider's address, or ""."""
     prefix = provider.removesuffix("_chat").upper()  # ollama_chat has ollama's
-    names = [f"{prefix}_BASE_URL", f"{prefix}_API_BASE"]
-    return next((name for name in names if os.getenv(name)), "")
+    for name in (f"{prefix}_BASE_URL", f"{prefix}_API_BASE"):
+        if os.getenv(name):
+            return name
+    return ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ErrorKind:
     """One kind of error: what the person in the chat reads of it, and how it is recognised.
 
@@ -410,7 +405,7 @@ class ErrorKind:
     matches `words`: a regular expression, for which capital letters make no difference.
     """
 
-    message: str  # may name the {key}, the {model} and the {hint}
+    message: str  # may name the {key}, the {model} and the {hint}: attributes of ProviderModel
     allow_retry: bool = False
     is_left_out: bool = False  # whether later turns leave out the message that led to it
     statuses: Container[int] = ()
@@ -529,10 +524,8 @@ CHAT_ERRORS = [  # the first that fits is the one: a used-up quota is a 429, too
         statuses=[404, 405],
     ),
     FILTERED,
-    ErrorKind(
-        KEY_REFUSED.message,
-        statuses=[401],
-        classes=(litellm.exceptions.AuthenticationError,),
+    replace(
+        KEY_REFUSED, statuses=[401], words="", classes=(litellm.exceptions.AuthenticationError,)
     ),
     KEY_REFUSED,
     ErrorKind(
@@ -581,7 +574,7 @@ class ChatError(CustomStreamError):
     _agents_drain_queued_stream_events = True
 
     def __init__(self, kind: ErrorKind, model: ProviderModel, cause: Any = None) -> None:
-        message = kind.message.format(key=model.key_name, model=model.model, hint=model.hint)
+        message = kind.message.format(**vars(model))
         super().__init__(message, allow_retry=kind.allow_retry)
         self.args = (message,)  # str(error): an agent used as a tool tells it to its caller
         self.kind = kind
@@ -593,8 +586,9 @@ def chat_error_for(error: Exception, model: ProviderModel, answered: bool = Fals
 
     With `answered`, a text or a tool call came: all kinds but three are CUT_OFF then.
     """
-    is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
-    if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
+    if isinstance(error, CustomStreamError | ToolTimeoutError):
+        return error
+    if isinstance(error, UserError) and error.__cause__:  # a bug of a tool
         return error
     causes = []
     status, said = 0, ""
@@ -642,10 +636,10 @@ def described(error: BaseException) -> str:
 
 def is_worth_a_retry(context: RetryPolicyContext) -> bool:
     """Decide whether openai-agents asks the provider again, once, before anything was shown."""
-    kind = getattr(context.error, "kind", None)
-    wait = context.normalized.retry_after or 0
     if "retryDelay" in str(context.error.__cause__):  # in Gemini's text, and seldom short
         return False
+    wait = context.normalized.retry_after or 0
+    kind = getattr(context.error, "kind", None)
     return kind in (RATE_LIMIT, UNAVAILABLE, CUT_OFF) and wait <= RETRY_SECONDS
 
 
@@ -656,7 +650,7 @@ def needs_reasoning(name: str) -> bool:
     """
     if name.startswith("cerebras/"):
         return False
-    return any(family in name.lower() for family in ("deepseek", "kimi", "glm"))
+    return re.search("deepseek|kimi|glm", name, re.I) is not None
 
 
 class ProviderModel(LitellmModel):
@@ -679,9 +673,9 @@ class ProviderModel(LitellmModel):
         address = "the base URL" if base_url else address_variable(self.provider)
         self.hint = f" Check {address}." if address else ""
         missing = litellm.validate_environment(model)["missing_keys"]
-        self.key_name = f"{self.provider.upper()}_API_KEY"
-        if self.key_name not in [*missing, *os.environ]:
-            self.key_name = f"the credentials for {self.provider}"
+        self.key = f"{self.provider.upper()}_API_KEY"
+        if self.key not in [*missing, *os.environ]:
+            self.key = f"the credentials for {self.provider}"
         self.missing_keys = [] if api_key or canned_reply or address else missing
         self.settings = ModelSettings(
             include_usage=True,  # the log counts the tokens
@@ -711,11 +705,10 @@ class ProviderModel(LitellmModel):
             raise ChatError(NO_KEY, self)
         messages, is_begun_by_another = model_input(input, self.model)
         # An agent that was made without a model has the reasoning effort and the verbosity (which
-        # LitellmModel never sends) of OpenAI's default model. The same two, if you chose them,
-        # count as these.
+        # LitellmModel never sends) of OpenAI's default model: adding these to its settings changes
+        # nothing. If you chose the same two, they count as these.
         default = get_default_model_settings()
-        chosen = (model_settings.reasoning, model_settings.verbosity)
-        is_default = chosen == (default.reasoning, default.verbosity)
+        is_default = default.reasoning and model_settings.resolve(default) == model_settings
         # A Claude that thinks refuses to go on with a turn that another model has begun.
         if is_default or ("claude" in self.model and is_begun_by_another):
             model_settings = replace(model_settings, reasoning=None)
@@ -740,21 +733,12 @@ async def checked_chunks(
 ) -> AsyncIterator[litellm.ModelResponseStream]:
     """Yield the chunks of a reply. Closing the generator closes the provider's connection.
 
-    Raises ChatError if a chunk takes too long, or if the stream ends too early.
+    Raises ChatError if a chunk takes too long, or if the provider gives no reason for the end of
+    the reply, or not a good one: LiteLLM takes an empty response for a complete reply.
     """
-    answered = False  # a text or a tool call came
-    body = ""  # what came in place of a stream, for the log
-    reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
-        # Workaround (LiteLLM, no issue known): it reads a web page, or an error object (LM Studio),
-        # as an empty stream. Both have a length, which a stream has not.
-        chunks = stream.completion_stream
-        response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
-        if response and "Content-Length" in response.headers:
-            with anyio.fail_after(MODEL_TIMEOUT):
-                await response.aread()
-            body = response.text
+        body = await body_without_stream(stream)
         while True:
             # Workaround (LiteLLM, no issue known): it returns buffered chunks without yielding to
             # the event loop. A fast reply would block all other chats.
@@ -763,52 +747,60 @@ async def checked_chunks(
                 chunk = await anext(stream, None)
             if chunk is None:
                 break
-            if not litellm.success_callback and not litellm.callbacks:
+            if not (litellm.success_callback or litellm.callbacks):
                 # LiteLLM keeps all chunks for callbacks, 5 to 8 KB each. It needs the last two.
                 del stream.chunks[:-2]
             for choice in chunk.choices:
-                repair_delta(choice.delta, reply_id, indexes)
-                answered |= bool(choice.delta.content or choice.delta.tool_calls)
+                repair_delta(choice.delta, indexes)
             yield chunk
+        # LiteLLM's own map would read FAILED_END as "stop": see repair_libraries.
+        reason = core_helpers.map_finish_reason(stream.received_finish_reason or FAILED_END)
+        if reason == "content_filter":
+            raise ModelRefusalError(reason)
+        if reason == "length":
+            raise ChatError(LONG_REPLY, model)
+        if reason == FAILED_END and not model.canned_reply:  # which has no reason
+            raise ModelBehaviorError(body or "the stream ended too early")
     except Exception as error:
-        raise chat_error_for(error, model, answered)
+        # The text so far, or a call.
+        raise chat_error_for(error, model, bool(stream.response_uptil_now or indexes))
     finally:
         await stream.aclose()
-    check_end(model, stream, answered, body)
 
 
-def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
+async def body_without_stream(stream: litellm.CustomStreamWrapper) -> str:
+    """Return what the provider sent in place of a stream, for the log, or "".
+
+    Workaround (LiteLLM, no issue known): it reads a web page, or an error object (LM Studio), as an
+    empty stream. Both have a length, which a stream has not.
+    """
+    chunks = stream.completion_stream
+    response: Any = getattr(chunks, "response", None) or getattr(chunks, "http_response", None)
+    if not response or "Content-Length" not in response.headers:
+        return ""
+    with anyio.fail_after(MODEL_TIMEOUT):
+        await response.aread()
+    return response.text
+
+
+def repair_delta(delta: Any, indexes: dict[Any, int]) -> None:
     """Correct what some providers send.
 
-    `indexes` maps both a call's id and the provider's index to the index that we give the call.
+    `indexes` maps both a call's id and the provider's index to the index that we give the call: a
+    random number, which makes the call's id, too.
     """
     if delta.content:
         # A lone surrogate (half of an emoji) could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
+        new_index = secrets.randbits(63)
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
         # Others give each part of a call an id of its own.
         if call.id and call.function.name:
-            indexes[call.index] = indexes.setdefault(call.id, len(set(indexes.values())))
-        call.index = indexes.get(call.index, call.index)
+            indexes[call.index] = indexes.setdefault(call.id, new_index)
+        call.index = indexes.setdefault(call.index, new_index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
-        call.id = f"call_{reply_id}_{call.index}"
-
-
-def check_end(model: ProviderModel, stream: Any, answered: bool, body: str) -> None:
-    """Raise unless the provider gave a reason for the end of the reply, and a good one.
-
-    LiteLLM takes an empty response for a complete reply. Its canned replies give no reason. This
-    needs `repair_libraries`: LiteLLM's own map reads FAILED_END as "stop".
-    """
-    reason = core_helpers.map_finish_reason(stream.received_finish_reason or FAILED_END)
-    if reason == "content_filter":
-        raise ChatError(FILTERED_REPLY if answered else FILTERED, model)
-    if reason == "length":
-        raise ChatError(LONG_REPLY, model)
-    if reason == FAILED_END and not model.canned_reply:
-        cause = ModelBehaviorError(body or "the stream ended too early")
-        raise ChatError(CUT_OFF if answered else NOT_UNDERSTOOD, model, cause)
+        call.id = f"call_{call.index}"
 
 
 class ProviderModels(ModelProvider):
@@ -819,7 +811,7 @@ class ProviderModels(ModelProvider):
     """
 
     def get_model(self, model_name: str | None) -> ProviderModel:
-        if not model_name or model_name == "auto":
+        if model_name in (None, "", "auto"):
             return model
         return make_model(model_name if "/" in model_name else litellm_name(PROVIDER, model_name))
 
@@ -1069,8 +1061,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """
         refused = []
         kept = []
-        items = await self.newest_items(thread.id, context)
-        for item in items:
+        for item in await self.newest_items(thread.id, context):
             if ids := hidden_content(item, REFUSED_ITEMS):  # of older items
                 refused += ids
             elif item.id not in refused:
@@ -1078,8 +1069,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         while kept and kept[-1].type != "user_message":
             kept.pop()
         question = kept[:1]
-        if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
-            # The turn before was refused: an older message that has no answer may be the cause.
+        if refused:
+            # It happens again: an older message that has no answer may be the cause.
             question += takewhile(lambda item: item.type not in REPLY_TYPES, kept[1:])
         Turn.current.get().question_ids = [item.id for item in question]
         return await self.converter.to_agent_input(kept[::-1])
@@ -1185,9 +1176,9 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         Raises HTTPException (400 or 409) or NotFoundError. chatkit itself refuses other mistakes.
         """
         params: Any = request.params  # checked by chatkit's types
-        if getattr(params, "limit", None):  # None and 0 are chatkit's default
-            require(params.limit > 0, "limit must be at least 1.")
-            params.limit = min(params.limit, MAX_PAGE)
+        if limit := getattr(params, "limit", None):  # None and 0 are chatkit's default
+            require(limit > 0, "limit must be at least 1.")
+            params.limit = min(limit, MAX_PAGE)
         if thread_id:
             status = (await self.store.load_thread(thread_id, context)).status
             wants_reply = request.type in ("threads.add_user_message", "threads.retry_after_item")
@@ -1842,11 +1833,12 @@ def repair_libraries() -> None:
     litellm.CustomStreamWrapper.__del__ = lambda stream: None
     # Workaround (LiteLLM, no issue known): a turn may be stopped while LiteLLM prepares its request
     # in a thread, and Python warns that nobody awaits the result.
-    unawaited = r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited"
-    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never", RuntimeWarning
+    )
     # Workaround (LiteLLM 16651): it reads these words of providers as "stop", a normal end.
-    words: Any = core_helpers._FINISH_REASON_MAP
-    words.update(dict.fromkeys(FAILURES.split(), FAILED_END), model_length="length")
+    failures: Any = dict.fromkeys(FAILURES.split(), FAILED_END)
+    core_helpers._FINISH_REASON_MAP.update(failures, model_length="length")
     GeminiChunks.chunk_parser = parse_gemini_chunk  # type: ignore[method-assign]
     uvicorn.Server.shutdown = shutdown_with_last_event  # type: ignore[method-assign]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
 # The aim is missed: 1,160 lines, 9,900 nodes, 122 definitions. These figures were reached.
 BUDGET = {
-    "code lines": 1275,  # without blank lines, comments and docstrings
-    "nodes": 10316,  # of the syntax tree
+    "code lines": 1269,  # without blank lines, comments and docstrings
+    "nodes": 9898,  # of the syntax tree
     "nodes a line": 8.4,
-    "definitions": 118,  # classes and functions, nested ones too
+    "definitions": 114,  # classes and functions, nested ones too
     "longest function": 45,  # lines, from `def` to its end
     "undocumented names": 12,
 }
