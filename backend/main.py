@@ -1231,10 +1231,7 @@ def parse_request(request: str | bytes | bytearray) -> ChatKitReq:
         # json.loads accepts NaN and lone surrogates, which cannot be stored.
         value = from_json(request, allow_inf_nan=False)  # at most 200 levels deep
         # pydantic makes an object of each value, and an error of each wrong one.
-        require(
-            count_values(value) <= MAX_VALUES,
-            f"The request has more than {MAX_VALUES} JSON values.",
-        )
+        require(count_values(value) <= MAX_VALUES, f"There are more than {MAX_VALUES} JSON values.")
         return REQUEST.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]

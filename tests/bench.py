@@ -180,7 +180,6 @@ def start(main) -> list[float]:
     return [ours / imports, times[0] / statistics.median(times[1:])]
 
 
-# ---- The table
 STREAMS = "streams at 50 deltas/s with p95 delay under 100 ms"
 # Each function, how often it runs, and its figures with their targets.
 FIGURES = [

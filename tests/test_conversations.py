@@ -323,10 +323,7 @@ def test_how_long_a_second_try_waits(main):
 async def test_no_client_of_a_library_tries_again(main, provider, name):
     """LiteLLM does not pass `max_retries` on to these: each of the two tries would be three."""
     provider.script["do it"] = [[Failure("server", 503)]]
-    local = Local(main)
-    model = main.ProviderModel(f"{name}/any", f"{provider.url}/openai", "openai-key-0123456789")
-    local.server.agent.model = model
-    await local.say("do it")
+    await Local(main, provider, model=f"{name}/any").say("do it")
     assert len(provider.requests) == 2
 
 

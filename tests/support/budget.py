@@ -11,9 +11,8 @@ import tokenize
 from pathlib import Path
 
 MAIN = Path(__file__).resolve().parents[2] / "backend" / "main.py"
-# The aim is missed: 1,160 lines, 9,900 nodes, 122 definitions. These figures were reached.
 BUDGET = {
-    "code lines": 1269,  # without blank lines, comments and docstrings
+    "code lines": 1266,  # without blank lines, comments and docstrings. The aim, 1160, is missed
     "nodes": 9898,  # of the syntax tree
     "nodes a line": 8.4,
     "definitions": 114,  # classes and functions, nested ones too

@@ -63,7 +63,6 @@ def hidden(thread, content) -> types.ThreadItemDoneEvent:
     return types.ThreadItemDoneEvent(item=item)
 
 
-# ---- Tools that answer
 @tool
 async def clock() -> str:
     return "noon"
@@ -106,7 +105,6 @@ async def pick_colour(ctx: Context, hint: str, name: str = "pick_colour") -> str
     return "asked"
 
 
-# ---- Tools that show something
 @tool
 async def play_sound(ctx: Context) -> None:
     await ctx.context.stream(types.ClientEffectEvent(name="sound", data={"of": "a bell"}))
@@ -197,7 +195,6 @@ async def end_thread(ctx: Context, how: str) -> None:
     ctx.context.thread.status = locked if how == "locked" else closed
 
 
-# ---- Agents, a guardrail, an action
 @output_guardrail
 async def no_secrets(ctx, agent, output) -> GuardrailFunctionOutput:
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="forbidden" in str(output))
@@ -247,7 +244,6 @@ async def image(attachment) -> dict:
 main.server.converter.attachment_to_message_content = image
 
 
-# ---- The store
 async def add_thread_item(thread_id, item, context, add=main.store.add_thread_item):
     await asyncio.sleep(0)  # a database would wait here, and a cancellation arrive
     if "more than the disk holds" in str(item):
@@ -264,7 +260,6 @@ async def save_thread(thread, context, save=main.store.save_thread):
 main.store.add_thread_item, main.store.save_thread = add_thread_item, save_thread
 
 
-# ---- LiteLLM, and routes of the tests
 def completion(*args, original=main.litellm.main.completion, **kwargs):
     """LiteLLM prepares a request in a thread; some take their time."""
     if "slow to prepare" not in str(kwargs["messages"]):

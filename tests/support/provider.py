@@ -623,6 +623,7 @@ RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
     "mistral": (mistral,),
     "deepseek": (kimi,),
     "vllm": (alternating, unparsed),
+    **dict.fromkeys(["nvidia_nim", "zai"], ()),
 }
 
 # ---- Whole answers of single servers
