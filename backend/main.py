@@ -43,7 +43,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dotenv import dotenv_values
+from dotenv import dotenv_values, load_dotenv
 
 # ---- Environment ---------------------------------------------------------------------------------
 
@@ -69,16 +69,25 @@ DEFAULTS = {
     "AIOHTTP_CONNECTOR_LIMIT": "10000",
 }
 
-# What the environment has wins over .env, and .env over DEFAULTS. A blank value counts as none:
-# docker compose sets them, and .env.example holds some. LiteLLM would send a blank key, and no
-# header may hold the line break at the end of another one. Windows may write .env with a byte order
-# mark (-sig).
-GIVEN_KEYS = {name: "" for name in os.environ if name.endswith("_API_KEY")}
-for variables in (GIVEN_KEYS, dotenv_values(ENV_FILE, encoding="utf-8-sig"), DEFAULTS):
-    for name, value in variables.items():
-        text = (os.environ.pop(name, "").strip() or value or "").strip()
-        if text:
-            os.environ[name] = text
+
+def clean_variables() -> None:
+    """Remove blank variables: docker compose sets them, and .env.example holds some.
+
+    They would hide the values in .env, and LiteLLM would send a blank key. Values are stripped,
+    too: a key may end with a line break, which no header may hold.
+    """
+    ours = {*DEFAULTS, *dotenv_values(ENV_FILE, encoding="utf-8-sig")}
+    for name, value in os.environ.copy().items():
+        if name in ours or name.endswith("_API_KEY"):
+            os.environ[name] = value.strip()
+            if not value.strip():
+                del os.environ[name]
+
+
+clean_variables()
+load_dotenv(ENV_FILE, encoding="utf-8-sig")  # Windows may write a byte order mark
+clean_variables()  # again, for the blank ones of .env
+os.environ.update({**DEFAULTS, **os.environ})
 
 import asyncio
 import gc
@@ -121,7 +130,6 @@ from agents import (
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
     ToolTimeoutError,
-    TResponseInputItem,
     Usage,
     UserError,
 )
@@ -391,10 +399,8 @@ def litellm_name(provider: str, model: str) -> str:
 def address_variable(provider: str) -> str:
     """Return the environment variable that is set and may give the provider's address, or ""."""
     prefix = provider.removesuffix("_chat").upper()  # ollama_chat has ollama's
-    for name in (f"{prefix}_BASE_URL", f"{prefix}_API_BASE"):
-        if os.getenv(name):
-            return name
-    return ""
+    names = [f"{prefix}_BASE_URL", f"{prefix}_API_BASE"]
+    return next((name for name in names if os.getenv(name)), "")
 
 
 @dataclass
@@ -413,6 +419,8 @@ class ErrorKind:
     words: str = ""
 
 
+# For these, chatkit removes the turn's messages.
+GUARDRAILS = (InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered)
 FILTERED = ErrorKind(
     "The AI provider's content filter stopped this. Rephrase your message.",
     is_left_out=True,
@@ -538,8 +546,7 @@ CHAT_ERRORS = [  # the first that fits is the one: a used-up quota is a 429, too
         "This server's rules do not allow this. Rephrase your message.",
         is_left_out=True,
         classes=(
-            InputGuardrailTripwireTriggered,
-            OutputGuardrailTripwireTriggered,
+            *GUARDRAILS,
             ToolInputGuardrailTripwireTriggered,
             ToolOutputGuardrailTripwireTriggered,
         ),
@@ -586,9 +593,8 @@ def chat_error_for(error: Exception, model: ProviderModel, answered: bool = Fals
 
     With `answered`, a text or a tool call came: all kinds but three are CUT_OFF then.
     """
-    if isinstance(error, CustomStreamError | ToolTimeoutError):
-        return error
-    if isinstance(error, UserError) and error.__cause__:  # a bug of a tool
+    is_bug_of_a_tool = isinstance(error, UserError) and error.__cause__
+    if isinstance(error, CustomStreamError | ToolTimeoutError) or is_bug_of_a_tool:
         return error
     causes = []
     status, said = 0, ""
@@ -736,6 +742,7 @@ async def checked_chunks(
     Raises ChatError if a chunk takes too long, or if the provider gives no reason for the end of
     the reply, or not a good one: LiteLLM takes an empty response for a complete reply.
     """
+    reply_id = secrets.token_hex(8)
     indexes: dict[Any, int] = {}  # of the tool calls, see repair_delta
     try:
         body = await body_without_stream(stream)
@@ -751,7 +758,7 @@ async def checked_chunks(
                 # LiteLLM keeps all chunks for callbacks, 5 to 8 KB each. It needs the last two.
                 del stream.chunks[:-2]
             for choice in chunk.choices:
-                repair_delta(choice.delta, indexes)
+                repair_delta(choice.delta, reply_id, indexes)
             yield chunk
         # LiteLLM's own map would read FAILED_END as "stop": see repair_libraries.
         reason = core_helpers.map_finish_reason(stream.received_finish_reason or FAILED_END)
@@ -783,24 +790,22 @@ async def body_without_stream(stream: litellm.CustomStreamWrapper) -> str:
     return response.text
 
 
-def repair_delta(delta: Any, indexes: dict[Any, int]) -> None:
+def repair_delta(delta: Any, reply_id: str, indexes: dict[Any, int]) -> None:
     """Correct what some providers send.
 
-    `indexes` maps both a call's id and the provider's index to the index that we give the call: a
-    random number, which makes the call's id, too.
+    `indexes` maps both a call's id and the provider's index to the index that we give the call.
     """
     if delta.content:
         # A lone surrogate (half of an emoji) could be neither sent nor stored.
         delta.content = delta.content.encode(errors="replace").decode()
     for call in delta.tool_calls or []:
-        new_index = secrets.randbits(63)
         # Workaround (LiteLLM 33678): all parallel calls of Ollama have the index 0.
         # Others give each part of a call an id of its own.
         if call.id and call.function.name:
-            indexes[call.index] = indexes.setdefault(call.id, new_index)
-        call.index = indexes.setdefault(call.index, new_index)
+            indexes[call.index] = indexes.setdefault(call.id, len(set(indexes.values())))
+        call.index = indexes.get(call.index, call.index)
         # Some give the same id in each reply, and openai-agents would drop the earlier call.
-        call.id = f"call_{call.index}"
+        call.id = f"call_{reply_id}_{call.index}"
 
 
 class ProviderModels(ModelProvider):
@@ -861,7 +866,8 @@ class Turn(AsyncIterator[bytes]):
     # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold the
     # provider's connection. b"" is the end.
     queue: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
-    task: asyncio.Task[None] = field(init=False)  # see `process`
+    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] = field(init=False)  # see `start`
     run: Any = None  # the RunResultStreaming, as soon as there is one
     question_ids: list[str] = field(default_factory=list)  # of the messages that it answers
     model: ProviderModel = model  # the one that ran last
@@ -872,6 +878,17 @@ class Turn(AsyncIterator[bytes]):
     first_delta: float = 0
 
     # ---- What the response does with it
+
+    async def start(self, events: Events) -> None:
+        """Start the task, and return when its first event is in the queue.
+
+        Raises the error of a task that fails before its first event.
+        """
+        self.server.turns.add(self)
+        self.task = asyncio.create_task(self.fill_queue(events))
+        await self.has_begun.wait()
+        if self.task.done():
+            self.task.result()
 
     async def __anext__(self) -> bytes:
         """Return the next event, or a heartbeat if there is none for SILENCE_SECONDS."""
@@ -911,7 +928,7 @@ class Turn(AsyncIterator[bytes]):
     # ---- What the turn's task does
 
     async def fill_queue(self, events: Events) -> None:
-        """Put the turn's other events into the queue, and then its end."""
+        """Put the turn's events into the queue, and then its end."""
         Turn.current.set(self)
         try:
             async for event in events:
@@ -921,6 +938,9 @@ class Turn(AsyncIterator[bytes]):
                     await self.server.store.load_thread(self.thread_id, self.context)
                 self.put(event)
         except Exception as error:
+            self.outcome = "error"
+            if not self.has_begun.is_set():
+                raise  # `start` raises it
             self.put(error_event(error))
         finally:
             if self.run:
@@ -931,7 +951,9 @@ class Turn(AsyncIterator[bytes]):
                 await self.run.context_wrapper.context.stream(ProgressUpdateEvent(text=""))
             self.server.turns.discard(self)
             self.write_log_line()
+            # No await may follow: `start` looks whether the task has failed when it has begun.
             self.queue.put_nowait(b"")
+            self.has_begun.set()
 
     def put(self, event: ThreadStreamEvent) -> None:
         """Queue an event for the client. A turn that was stopped sends nothing more."""
@@ -944,6 +966,7 @@ class Turn(AsyncIterator[bytes]):
                 self.outcome = "error"
         if not self.stopped:
             self.queue.put_nowait(as_sse(event))
+        self.has_begun.set()
 
     def write_log_line(self) -> None:
         """Log one line. Tokens are the sum of the model's completed responses, "-" if unknown."""
@@ -952,7 +975,7 @@ class Turn(AsyncIterator[bytes]):
             "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
             " input_tokens=%s output_tokens=%s",
             os.getpid(),
-            self.thread_id,
+            self.thread_id or "-",
             self.model.provider,
             self.model.model,
             self.outcome,
@@ -1053,7 +1076,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """Return the settings of the run. Override it to choose a model by user or by message."""
         return self.run_config
 
-    async def history(self, thread: ThreadMetadata, context: Context) -> list[TResponseInputItem]:
+    async def history(self, thread: ThreadMetadata, context: Context) -> list[Any]:
         """Return the model's input: the thread's newest items, oldest first.
 
         It starts with a user message: some providers refuse a conversation that starts with the
@@ -1061,7 +1084,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         """
         refused = []
         kept = []
-        for item in await self.newest_items(thread.id, context):
+        items = await self.newest_items(thread.id, context)
+        for item in items:
             if ids := hidden_content(item, REFUSED_ITEMS):  # of older items
                 refused += ids
             elif item.id not in refused:
@@ -1069,8 +1093,8 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         while kept and kept[-1].type != "user_message":
             kept.pop()
         question = kept[:1]
-        if refused:
-            # It happens again: an older message that has no answer may be the cause.
+        if items[1:] and hidden_content(items[1], REFUSED_ITEMS):
+            # The turn before was refused: an older message that has no answer may be the cause.
             question += takewhile(lambda item: item.type not in REPLY_TYPES, kept[1:])
         Turn.current.get().question_ids = [item.id for item in question]
         return await self.converter.to_agent_input(kept[::-1])
@@ -1103,24 +1127,22 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
         Raises HTTPException (400 or 409) or NotFoundError before chatkit stores anything.
         """
-        # Not super().process(): a stream is a Turn here. And it builds the TypeAdapter again for
-        # every request, which takes 20 ms.
         parsed = parse_request(request)
         thread_id = getattr(parsed.params, "thread_id", "")
+        await self.check(parsed, thread_id, context)
+        await self.settle_turns(parsed, thread_id)
+        if parsed.type == "threads.add_client_tool_output":
+            await self.put_tool_call_last(thread_id, context)
+
+        # Not super().process(): a stream is a Turn here. And it builds the TypeAdapter again for
+        # every request, which takes 20 ms.
         try:
-            await self.check(parsed, thread_id, context)
-            await self.settle_turns(parsed, thread_id)
-            if parsed.type == "threads.add_client_tool_output":
-                await self.put_tool_call_last(thread_id, context)
             if not is_streaming_req(parsed):
                 return NonStreamingResult(await self._process_non_streaming(parsed, context))
             turn = Turn(self, context, thread_id)
-            events = self._process_streaming_impl(parsed, context)
-            turn.put(await anext(events))  # the first event's error is the request's
-            self.turns.add(turn)
-            turn.task = asyncio.create_task(turn.fill_queue(events))
+            await turn.start(self._process_streaming_impl(parsed, context))
             return StreamingResult(turn)  # type: ignore[arg-type]  # it is no generator
-        except NotImplementedError:  # for what you have not written
+        except NotImplementedError:  # of chatkit, for what you have not written
             raise HTTPException(400, f"{parsed.type} is not supported.")
         except ValueError as error:
             if type(error) is ValueError:  # a subclass, as pydantic's, may show what is stored
@@ -1129,7 +1151,6 @@ class ChatKitServerImpl(ChatKitServer[Context]):
 
     async def settle_turns(self, request: ChatKitReq, thread_id: str) -> None:
         """Stop the thread's running turns, change their title, or wait for them: see each case."""
-        turns = self.turns_of(thread_id)
         match request.type:
             case "threads.delete" | "threads.retry_after_item":
                 # Twice: another turn may begin meanwhile, and would save the thread again. But a
@@ -1138,9 +1159,10 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                     await stop_turns(self.turns_of(thread_id))
             case "threads.update":
                 # A running turn may save its thread, and would bring the old title back.
-                for turn in turns:
+                for turn in self.turns_of(thread_id):
                     if turn.run:
                         turn.run.context_wrapper.context.thread.title = request.params.title
+        turns = self.turns_of(thread_id)
         if is_streaming_req(request):
             # A user may stop a reply and send a message at once. The server may see the message
             # first: it waits, so that what was streamed is stored before it.
@@ -1197,8 +1219,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
                 require(item.type == "user_message", f"Item {item.id} is not a user_message.")
                 self.check_options(item.inference_options)
             case "threads.custom_action":
-                if self.action == super().action:
-                    raise NotImplementedError
+                require(self.action != super().action, f"{request.type} is not supported.")
                 if params.item_id:  # an action may be about no item
                     item = await self.store.load_item(thread_id, params.item_id, context)
                     require(item.type == "widget", f"Item {item.id} is not a widget.")
@@ -1339,6 +1360,10 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 case ThreadItemRemovedEvent(item_id=id):
                     unfinished.pop(id, None)
             yield event
+    except GUARDRAILS:  # the turn's items are removed. The client never heard of the tool calls.
+        for id in memory.hidden_ids:
+            await turn.server.store.delete_thread_item(turn.thread_id, id, turn.context)
+        raise
     except Exception as error:
         failure = error
     for event in [*unfinished.values(), *memory.take_calls(memory.messages_completed)]:
@@ -1378,9 +1403,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
         log_error(known)
         match known:
             case ChatError(kind=ErrorKind(is_left_out=True)):
-                for id in memory.hidden_ids:  # the client never heard of these
-                    await turn.server.store.delete_thread_item(turn.thread_id, id, turn.context)
-                yield memory.hidden_item(REFUSED_ITEMS, turn.question_ids)
+                yield memory.hidden_item(REFUSED_ITEMS, turn.question_ids + memory.hidden_ids)
         raise known
 
 
@@ -1494,8 +1517,8 @@ def as_arguments(text: str) -> str:
 
     LiteLLM and vLLM parse them again in every later request.
     """
-    with suppress(ValueError):
-        if isinstance(from_json(text), dict):
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict):
             return text
     return as_json({"arguments": text} if text else {})
 
@@ -1830,9 +1853,8 @@ def repair_libraries() -> None:
     litellm.CustomStreamWrapper.__del__ = lambda stream: None
     # Workaround (LiteLLM, no issue known): a turn may be stopped while LiteLLM prepares its request
     # in a thread, and Python warns that nobody awaits the result.
-    warnings.filterwarnings(
-        "ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never", RuntimeWarning
-    )
+    unawaited = r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited"
+    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
     # Workaround (LiteLLM 16651): it reads these words of providers as "stop", a normal end.
     failures: Any = dict.fromkeys(FAILURES.split(), FAILED_END)
     core_helpers._FINISH_REASON_MAP.update(failures, model_length="length")
@@ -1860,9 +1882,8 @@ async def shutdown_with_last_event(self: uvicorn.Server, sockets: Any = None) ->
     The turns are stopped after STOP_SECONDS, so that each client gets a last event, with
     `python main.py`, `uvicorn main:app` and `--workers` alike.
     """
-    asyncio.get_running_loop().call_later(
-        STOP_SECONDS, lambda: asyncio.create_task(server.stop_all_turns())
-    )
+    loop = asyncio.get_running_loop()
+    loop.call_later(STOP_SECONDS, lambda: loop.create_task(server.stop_all_turns()))
     await uvicorn_shutdown(self, sockets)
 
 
