@@ -769,7 +769,7 @@ async def checked_chunks(
         if reason == FAILED_END and not model.canned_reply:  # which has no reason
             raise ModelBehaviorError(body or "the stream ended too early")
     except Exception as error:
-        # The text so far, or a call.
+        # A text came, or a tool call?
         raise chat_error_for(error, model, bool(stream.response_uptil_now or indexes))
     finally:
         await stream.aclose()
@@ -1349,7 +1349,7 @@ async def with_everything_stored(events: Events, turn: Turn, memory: ToolMemory)
                 ):
                     for call in memory.take_calls(messages_begun):
                         yield call
-                    messages_begun += 1
+                    messages_begun += 1  # nothing follows a client tool call
             match event:
                 case ThreadItemUpdatedEvent(item_id=id, update=update) if id in unfinished:
                     extend_item(unfinished[id].item, update)
@@ -1576,7 +1576,7 @@ def model_input(items: str | list[Any], name: str) -> tuple[list[Any], bool]:
     """
     messages: list[Any] = [{}]  # so that there is a last one; it is left out in the end
     is_begun_by_another = False
-    for message in map(simplified, ItemHelpers.input_to_new_input_list(items)):  # of copies
+    for message in map(simplified, ItemHelpers.input_to_new_input_list(items)):  # copies
         kind = kind_of(message)
         is_empty = "role" in message and not message["content"]
         origin = message.get("provider_data", {})
@@ -1609,7 +1609,7 @@ def kind_of(item: Any) -> Any:
 
 
 def simplified(item: Any) -> Any:
-    """Return the item without blank texts. Its content is a string if it has only texts.
+    """Return the item, which it may change, without blank texts. Only texts become a string.
 
     The assistant's messages stay a list, with an id: only then does openai-agents join them with
     the calls that follow, and keep their reasoning. A call's arguments become a JSON object, and

@@ -122,8 +122,7 @@ def cpu_per_delta(main) -> list[float]:
         deltas = sum(map(len, chats(server, 20)))
         ours = (cpu(server.process.pid) - began) / deltas
         output = subprocess.check_output(program, env=server.environment, text=True)
-    agents = float(output.split()[-1])
-    return [ours / agents]
+    return [ours / float(output.split()[-1])]
 
 
 def first_delta(main) -> list[float]:

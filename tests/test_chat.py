@@ -58,8 +58,7 @@ ENDS = {
 def test_each_thought_and_each_step_is_there_once(custom_chat, customised, provider, end):
     answer, leave_at = ENDS[end]
     thought, gate = [Thought("First, "), Thought("look. ")], Silence()
-    steps = ToolCall("three_steps", {"end": False})
-    provider.script["go"] = [[*thought, gate, steps], answer]
+    provider.script["go"] = [[*thought, gate, ToolCall("three_steps", {"end": False})], answer]
     events = leave(custom_chat.start("go"), leave_at or "nothing", {"look. ": gate})
     customised.wait_for(f"thread={custom_chat.thread_id} ")
     assert [event.type for event in events].count("error") == ("error" in end)

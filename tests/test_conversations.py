@@ -282,9 +282,9 @@ def test_a_refused_message(main, server, chat, provider, route, step, tool):
 @pytest.mark.parametrize("route", ["openai"])
 def test_a_message_that_was_not_answered_and_then_refused(chat, provider, route):
     """It is told with the next one, which is refused for it. The second refusal forgets both."""
-    for text in ("one", "two"):
+    for text in ("one", "two", "three"):
         provider.script[text] = [[Failure("policy")]]
-    provider.script["bad words"] = [BUSY]
+    provider.script["bad words"] = provider.script["my name"] = [BUSY]
     assert error_of(chat.say("bad words")).allow_retry
     assert not error_of(chat.say("one")).allow_retry
     assert_told(provider, ["bad words", "one"])
@@ -292,6 +292,9 @@ def test_a_message_that_was_not_answered_and_then_refused(chat, provider, route)
     assert_told(provider, ["bad words", "two"])
     assert reply(chat.say("and on")) == "You said: and on"
     assert "bad words" not in told(provider)
+    error_of(chat.say("my name"))
+    error_of(chat.say("three"))  # the first refusal for some time
+    assert reply(chat.say("the end")).endswith("the end") and "my name" in told(provider)
 
 
 TRIES = [  # the routes, and the steps

@@ -270,8 +270,7 @@ def test_an_image_for_a_model_without_vision(recipe, provider):
     events = chat.say("look", attachments=sent, **choosing("gpt-3.5-turbo"))
     notices = [event.message for event in events if event.type == "notice"]
     assert notices == ["This model cannot see images. It is told their names only."]
-    text = "look\n\nThe image a cat.png, which you cannot see."
-    assert told(provider) == [("user", text)]
+    assert told(provider) == [("user", "look\n\nThe image a cat.png, which you cannot see.")]
     events = chat.say("look", attachments=sent, **choosing("unknown"))
     assert "notice" not in [event.type for event in events]
     assert [role for role, _ in told(provider)].count("tool") == 2
@@ -285,8 +284,7 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     provider.script["think"] = [look, [Thought("I know."), Text("Yes.")]]
     chat.say("think")
     asked = json.dumps(provider.requests[0].body)
-    shows = '"includeThoughts": true' in asked
-    assert '"low"' in asked and shows == (provider_name == "gemini")
+    assert '"low"' in asked and '"includeThoughts": true' in asked == (provider_name == "gemini")
     _, workflow, reply = chat.items()
     thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
     assert thoughts == ["Let me think.", "I know."]
@@ -383,8 +381,7 @@ AGENTS = [first, billing, refunds, euro]
 
 def test_a_hand_off_that_does_not_end_well(recipe, provider):
     """It holds after an error and a stop, and so does a rename. The start has warned of twins."""
-    code = changed((EXAMPLES / "hand_off.py").read_text(), HAND_OFFS)
-    server = recipe("nested", "openai", code)
+    server = recipe("nested", "openai", changed((EXAMPLES / "hand_off.py").read_text(), HAND_OFFS))
     (warning,) = [line for line in server.log if "Two agents have one tool name" in line]
     assert warning.endswith("transfer_to_twin")
     failed, stopped = Chat(server.url), Chat(server.url)
@@ -458,8 +455,7 @@ async def test_a_title_by_the_model(recipe, provider):
 
     # The client is told while the reply streams.
     provider.script["The chat starts with: hello"] = [[Text(" A greeting\n")]]
-    slowly = [step for _ in range(200) for step in (Pause(0.02), Text("."))]
-    provider.script["hello"] = [slowly]
+    provider.script["hello"] = [[step for _ in range(200) for step in (Pause(0.02), Text("."))]]
     early = Chat(server.url)
     events = leave(early.start("hello"), '"A greeting"')
     titles = [event.thread.title for event in events if event.type == "thread.updated"]

@@ -280,8 +280,7 @@ HIDDEN = {  # what the application stores: what the model is told
 def test_a_hidden_item_is_told_as_json(custom_chat, provider):
     custom_chat.say("hello")
     for content in map(json.dumps, HIDDEN.values()):
-        url = f"/hidden/{custom_chat.thread_id}"
-        assert custom_chat.http.post(url, content=content).is_success
+        assert custom_chat.http.post(f"/hidden/{custom_chat.thread_id}", content=content).is_success
     custom_chat.say("and on")
     head = "Hidden context for the agent (not shown to the user):"  # chatkit's words
     notes = [f"{head}\n<HiddenContext>\n{text}\n</HiddenContext>" for text in HIDDEN]

@@ -92,6 +92,16 @@ async def test_a_message_that_arrives_before_the_stop(main, provider, database):
     assert [item.type for item in await local.items()] == [*kinds, "sdk_hidden_context", *kinds]
 
 
+async def test_two_retries_at_once(main):
+    """The second one stops the first, which it must know from its beginning: one answer is left."""
+    local = Local(main)
+    await local.say("hello")
+    retry = {**local.thread, "item_id": (await local.items())[0].id}
+    retries = [local.process("threads.retry_after_item", **retry) for _ in range(2)]
+    await asyncio.wait([result.json_events.task for result in await asyncio.gather(*retries)])
+    assert [item.type for item in await local.items()] == ["user_message", "assistant_message"]
+
+
 @one_provider
 async def test_a_thread_is_renamed_while_its_reply_streams(custom_chat, provider):
     """The turn saves the thread after it, with the status that a tool has changed."""

@@ -42,8 +42,7 @@ def test_make_chooses_a_python(tmp_path, says):
         (tmp_path / name).chmod(0o755)
     command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory"]
     command += ["--dry-run", "venv", *arguments]
-    environment = {"PATH": str(tmp_path)}
-    run = subprocess.run(command, env=environment, stdout=-1, stderr=-2, text=True)
+    run = subprocess.run(command, env={"PATH": str(tmp_path)}, stdout=-1, stderr=-2, text=True)
     if says in FOUND:
         assert f"\n{says} -m venv backend/.venv\n" in run.stdout
     else:
@@ -87,8 +86,7 @@ def test_the_requirements_satisfy_the_template():
     numbers = {name: tuple(map(int, number.split("."))) for name, number in wanted.items()}
     assert numbers.pop("openai-chatkit") <= (1, 4, 0)
     assert numbers.pop("openai-agents") >= (0, 6, 2) and numbers.pop("litellm")
-    template = {"fastapi": (0, 115, 6), "uvicorn": (0, 32, 1), "python-dotenv": (1, 0, 1)}
-    assert numbers == template
+    assert numbers == {"fastapi": (0, 115, 6), "uvicorn": (0, 32, 1), "python-dotenv": (1, 0, 1)}
 
 
 def test_the_default_models_are_alive(main):

@@ -69,8 +69,7 @@ def started(command: str, folder: Path, provider, text: str = "hello", **variabl
     environment = {**provider.environment(), "HOST": "127.0.0.1", "PORT": str(port), **variables}
     environment |= {"PATH": f"{python}:{os.environ['PATH']}", "HOME": str(folder)}
     options = {"stdout": -1, "stderr": -2, "text": True, "start_new_session": True}
-    shell = ["bash", "-ec", command]
-    process = subprocess.Popen(shell, cwd=folder, env=environment, **options)
+    process = subprocess.Popen(["bash", "-ec", command], cwd=folder, env=environment, **options)
     log = ""
     try:
         while "Uvicorn running on" not in log:

@@ -67,8 +67,7 @@ def load_main(
     folder: Path, settings: dict[str, str] | None = None, changes: dict[str, str] | None = None
 ):
     """main.py as a module of this process. PROVIDER is mock unless `settings` say otherwise."""
-    path = write_main(folder, changes)
-    spec = importlib.util.spec_from_file_location("main", path)
+    spec = importlib.util.spec_from_file_location("main", write_main(folder, changes))
     module = importlib.util.module_from_spec(spec)
     environment = {"PATH": PATH, "HOME": str(folder), "PROVIDER": "mock", **(settings or {})}
     imported = sys.modules.get("main", module)
@@ -416,8 +415,7 @@ class Local:
         self.thread: dict[str, str] = {}
 
     async def process(self, type: str, **params):
-        request = json.dumps({"type": type, "params": params})
-        return await self.server.process(request, {})
+        return await self.server.process(json.dumps({"type": type, "params": params}), {})
 
     async def start(self, text: str, **more):
         """The turn that answers a message: an iterator of its events' bytes."""

@@ -277,8 +277,7 @@ app = main.app
 
 @app.post("/hidden/{thread_id}")
 async def add_hidden_item(thread_id: str, request: Request):
-    thread = await main.server.store.load_thread(thread_id, {})
-    item = hidden(thread, await request.json()).item
+    item = hidden(await main.server.store.load_thread(thread_id, {}), await request.json()).item
     await main.server.store.add_thread_item(thread_id, item, {})
 
 

@@ -795,8 +795,7 @@ class Provider:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Not uvloop: as this process's policy it keeps playwright on Python < 3.12 from starting.
-        config = uvicorn.Config(self.app, loop="asyncio", **OPTIONS)
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(uvicorn.Config(self.app, loop="asyncio", **OPTIONS))
         self.thread = threading.Thread(target=self.server.run, args=[[listener]], daemon=True)
         self.thread.start()
         return self
