@@ -284,7 +284,8 @@ def test_thoughts_are_shown(recipe, provider, provider_name):
     provider.script["think"] = [look, [Thought("I know."), Text("Yes.")]]
     chat.say("think")
     asked = json.dumps(provider.requests[0].body)
-    assert '"low"' in asked and '"includeThoughts": true' in asked == (provider_name == "gemini")
+    shows = '"includeThoughts": true' in asked
+    assert '"low"' in asked and shows == (provider_name == "gemini")
     _, workflow, reply = chat.items()
     thoughts = [task["content"] for task in workflow["workflow"]["tasks"]]
     assert thoughts == ["Let me think.", "I know."]
