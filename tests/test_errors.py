@@ -372,8 +372,7 @@ def test_secrets_are_masked(main, monkeypatch):
     error = Refused(401, "secret-12, secret-1, short\nhttp://gateway/token/v1" + "x" * 500)
     error.code = "bad_key"
     told = main.described(error)
-    says = r"Refused 401 bad_key: '***, ***, short\n***/v1xxx"
-    assert told.startswith(says) and len(told) < 350
+    assert told.startswith(r"Refused 401 bad_key: '***, ***, short\n***/v1xxx") and len(told) < 350
 
 
 async def test_a_tool_that_raises_is_logged(main, provider, log, monkeypatch):

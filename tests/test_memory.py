@@ -115,13 +115,14 @@ def test_a_provider_that_repeats_its_ids(custom_chat, provider):
 
 @pytest.mark.parametrize("more", [{}, {"id": "chatcmpl-tool-2"}], ids=["none", "new"])
 def test_parts_of_two_calls_that_alternate(custom_chat, provider, more):
-    """Some servers give an id to each part of a call."""
+    """Some servers give an id to each part of a call, or the name after the id."""
 
     def part(**call) -> Raw:
         return Raw(OpenAI({}).chunk({"tool_calls": [call]}))
 
     start = {"name": "stock", "arguments": '{"city": '}
-    begun = [part(index=n, id=f"call_{n}", function=start) for n in (0, 1)]
+    nameless = part(index=0, id="call_0", function={"arguments": ""})
+    begun = [nameless, *(part(index=n, id=f"call_{n}", function=start) for n in (0, 1))]
     ends = [{"arguments": f'"{city}"}}'} for city in ("Oslo", "Köln")]
     rest = [part(index=n, function=end, **more) for n, end in enumerate(ends)]
     provider.script["look"] = [[*begun, *rest, Finish()], [Text("Here.")]]
