@@ -18,7 +18,7 @@ import pytest
 from agents import Agent, ModelSettings, ModelTracing, RunConfig, Runner
 from litellm.litellm_core_utils import core_helpers
 
-from client import MAIN, PATH, SUPPORT, Chat, error_of
+from client import MAIN, PATH, SUPPORT, Chat, error_of, until
 from conftest import PROVIDERS
 from provider import Failure, Silence, Text
 
@@ -53,9 +53,9 @@ async def test_a_finalizer_sets_context_variables(main):
 
     stream = await mocked("one two three")
     collected = weakref.ref(stream)
-    for _ in range(3):  # until the event loop has let go of it, too
+    for _ in range(3):
         await anext(stream)
-        await asyncio.sleep(0)
+    await until(lambda: sys.getrefcount(collected()) <= 2)  # LiteLLM's threads have let go of it
     sys.setprofile(watch)
     try:
         del stream
