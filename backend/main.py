@@ -399,8 +399,10 @@ def litellm_name(provider: str, model: str) -> str:
 def address_variable(provider: str) -> str:
     """Return the environment variable that is set and may give the provider's address, or ""."""
     prefix = provider.removesuffix("_chat").upper()  # ollama_chat has ollama's
-    names = [f"{prefix}_BASE_URL", f"{prefix}_API_BASE"]
-    return next((name for name in names if os.getenv(name)), "")
+    for name in (f"{prefix}_BASE_URL", f"{prefix}_API_BASE"):
+        if os.getenv(name):
+            return name
+    return ""
 
 
 @dataclass
@@ -769,7 +771,7 @@ async def checked_chunks(
         if reason == FAILED_END and not model.canned_reply:  # which has no reason
             raise ModelBehaviorError(body or "the stream ended too early")
     except Exception as error:
-        # A text came, or a tool call?
+        # What has begun with a text or a tool call was cut off.
         raise chat_error_for(error, model, bool(stream.response_uptil_now or indexes))
     finally:
         await stream.aclose()
@@ -862,7 +864,7 @@ class Turn(AsyncIterator[bytes]):
 
     server: ChatKitServerImpl  # this turn is among its `turns` while its task runs
     context: Context
-    thread_id: str  # "" until chatkit has made the thread
+    thread_id: str  # "-" until chatkit has made the thread: turns of no thread are no neighbours
     # Unbounded on purpose: a reply fits in memory, and a client that reads slowly must not hold the
     # provider's connection. b"" is the end.
     queue: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
@@ -975,7 +977,7 @@ class Turn(AsyncIterator[bytes]):
             "turn pid=%s thread=%s provider=%s model=%s end=%s first_delta=%s total=%.3fs"
             " input_tokens=%s output_tokens=%s",
             os.getpid(),
-            self.thread_id or "-",
+            self.thread_id,
             self.model.provider,
             self.model.model,
             self.outcome,
@@ -1139,7 +1141,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         try:
             if not is_streaming_req(parsed):
                 return NonStreamingResult(await self._process_non_streaming(parsed, context))
-            turn = Turn(self, context, thread_id)
+            turn = Turn(self, context, thread_id or "-")
             await turn.start(self._process_streaming_impl(parsed, context))
             return StreamingResult(turn)  # type: ignore[arg-type]  # it is no generator
         except NotImplementedError:  # of chatkit, for what you have not written
@@ -1166,7 +1168,7 @@ class ChatKitServerImpl(ChatKitServer[Context]):
         if is_streaming_req(request):
             # A user may stop a reply and send a message at once. The server may see the message
             # first: it waits, so that what was streamed is stored before it.
-            await wait_until_ended(turns, seconds=LATE_STOP_SECONDS)
+            await wait_until_ended(turns, LATE_STOP_SECONDS)
             await wait_until_ended([turn for turn in turns if turn.stopped])
 
     async def put_tool_call_last(self, thread_id: str, context: Context) -> None:
@@ -1396,7 +1398,7 @@ async def with_chat_errors(events: Events, turn: Turn, memory: ToolMemory) -> Ev
         async for event in events:
             answered |= is_answer(event)
             yield event
-        if not answered and not turn.stopped:
+        if not (answered or turn.stopped):
             raise ChatError(EMPTY_REPLY, turn.model)
     except (CustomStreamError, AgentsException) as error:
         known = chat_error_for(error, turn.model)
@@ -1476,20 +1478,17 @@ class ToolMemory(RunHooks[Any]):
         while self.steps and self.steps[0][0] <= count:
             kept, answers, has_call = [], [], False
             for item in self.steps.pop(0)[1].to_input_items():
-                match item:
-                    case {"type": "reasoning"}:
-                        kept.append(item)
-                    case {"type": "function_call", "call_id": id, "name": name} if (
-                        name not in self.forgotten_tools
-                    ):
-                        has_call = True
-                        if id == self.client_call_id:
-                            continue  # chatkit stores it itself, after this item
-                        kept.append({**item, "arguments": shortened(item["arguments"])})
-                        output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
-                        answers.append(
-                            {"type": "function_call_output", "call_id": id, "output": output}
-                        )
+                if item["type"] == "reasoning":
+                    kept.append(item)
+                if item["type"] != "function_call" or item["name"] in self.forgotten_tools:
+                    continue
+                has_call = True
+                id = item["call_id"]
+                if id == self.client_call_id:
+                    continue  # chatkit stores it itself, after this item
+                kept.append({**item, "arguments": shortened(item["arguments"])})
+                output = shortened(as_text(self.outputs.get(id, STOPPED_CALL)))
+                answers.append({"type": "function_call_output", "call_id": id, "output": output})
             if has_call and kept:
                 yield self.hidden_item(REMEMBERED_CALL, kept + answers)
 
@@ -1853,8 +1852,9 @@ def repair_libraries() -> None:
     litellm.CustomStreamWrapper.__del__ = lambda stream: None
     # Workaround (LiteLLM, no issue known): a turn may be stopped while LiteLLM prepares its request
     # in a thread, and Python warns that nobody awaits the result.
-    unawaited = r"coroutine '\S*(async_streaming|acompletion\w*)' was never awaited"
-    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", r"coroutine '\S*(async_streaming|acompletion\w*)' was never", RuntimeWarning
+    )
     # Workaround (LiteLLM 16651): it reads these words of providers as "stop", a normal end.
     failures: Any = dict.fromkeys(FAILURES.split(), FAILED_END)
     core_helpers._FINISH_REASON_MAP.update(failures, model_length="length")

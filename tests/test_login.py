@@ -13,8 +13,7 @@ TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 def server(request, tmp_path_factory):
     tokens = " , ".join(f"{user} : {token}" for user, token in request.param.items())
     environment = {"PROVIDER": "mock", "CHATKIT_TOKENS": tokens}
-    folder = tmp_path_factory.mktemp("login")
-    server = Server(folder, environment, fork=True, login=False).started()
+    server = Server(tmp_path_factory.mktemp("login"), environment, fork=True, login=False).started()
     server.tokens = request.param
     yield server
     assert server.stop() == -15

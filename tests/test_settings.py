@@ -84,8 +84,7 @@ def test_which_env_file_is_read(tmp_path, files):
 def test_a_blank_variable_is_unset(tmp_path, main, value, read):
     """Docker compose makes it of an unset one; a blank key would be sent, and traces uploaded."""
     (tmp_path / ".env").write_text("MODEL=of the file\nOPENAI_API_KEY=of the file\nHOST=\n")
-    names = ("MODEL", "OPENAI_API_KEY", "OPENAI_AGENTS_DISABLE_TRACING")
-    settings = dict.fromkeys(names, value)
+    settings = dict.fromkeys(("MODEL", "OPENAI_API_KEY", "OPENAI_AGENTS_DISABLE_TRACING"), value)
     at = "# ---- Settings -"
     keep = {at: f"KEPT = dict(os.environ)\n\n{at}"}
     loaded = load_main(tmp_path, settings, keep)

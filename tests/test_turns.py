@@ -7,7 +7,7 @@ import pytest
 from chatkit.store import NotFoundError
 from fastapi import HTTPException
 
-from client import Chat, Local, Reading, again, done, leave, processes, text_of, until
+from client import Chat, Local, Reading, again, done, leave, message, processes, text_of, until
 from conftest import COMPLAINTS, MODELS
 from provider import Failure, Finish, Pause, Silence, Text, ToolCall
 from test_memory import RED, TOOLS
@@ -100,6 +100,16 @@ async def test_two_retries_at_once(main):
     retries = [local.process("threads.retry_after_item", **retry) for _ in range(2)]
     await asyncio.wait([result.json_events.task for result in await asyncio.gather(*retries)])
     assert [item.type for item in await local.items()] == ["user_message", "assistant_message"]
+
+
+async def test_new_threads_do_not_wait_for_each_other(main, provider, monkeypatch):
+    """A turn that has made no thread yet is no turn of the same thread."""
+    monkeypatch.setattr(main, "LATE_STOP_SECONDS", 60)
+    provider.script["go"] = [[Silence()]]
+    local = Local(main, provider)
+    both = [local.process("threads.create", input=message("go")) for _ in range(2)]
+    await asyncio.wait_for(asyncio.gather(*both), 10)
+    await local.server.stop_all_turns()
 
 
 @one_provider

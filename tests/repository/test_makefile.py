@@ -36,9 +36,8 @@ def test_make_chooses_a_python(tmp_path, says):
         numbers = tuple(map(int, version.split(".")))
         lie = f"import sys; sys.version_info = {numbers}; exec(sys.argv[1])"
         answer = f'[ "$1" = --version ] && echo Python {version}'
-        (tmp_path / name).write_text(
-            f"#!/bin/sh\n{answer} || exec {sys.executable} -c '{lie}' \"$2\"\n"
-        )
+        script = f"#!/bin/sh\n{answer} || exec {sys.executable} -c '{lie}' \"$2\"\n"
+        (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     command = [shutil.which("make"), "-C", str(ROOT), "--always-make", "--no-print-directory"]
     command += ["--dry-run", "venv", *arguments]

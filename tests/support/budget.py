@@ -6,6 +6,7 @@ attributes and imports with one leading underscore, and methods of such a name t
 
 import ast
 import io
+import re
 import sys
 import tokenize
 from pathlib import Path
@@ -38,10 +39,6 @@ def code_lines(source: str, tree: ast.Module) -> int:
     return len(lines)
 
 
-def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name != "_"
-
-
 def undocumented(tree: ast.Module) -> list[str]:
     """The private names that main.py reads, imports, or overrides in a class that inherits."""
     used: set[str] = set()
@@ -54,7 +51,7 @@ def undocumented(tree: ast.Module) -> list[str]:
             used |= {part.name for part in node.body if isinstance(part, Function)}
             assigned = [part.targets[0] for part in node.body if isinstance(part, ast.Assign)]
             used |= {getattr(target, "id", "") for target in assigned}
-    return sorted(name for name in used - OWN if is_private(name))
+    return sorted(name for name in used - OWN if re.match("_[^_]", name))
 
 
 def measure(path: Path = MAIN) -> dict[str, float]:

@@ -303,8 +303,7 @@ class OpenAI(Format):
     def complete(self, text: str) -> dict:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        kind = "chat.completion"
-        return {**self.about, "object": kind, "choices": [choice], "usage": self.usage}
+        return {**self.about, "object": "chat.completion", "choices": [choice], "usage": self.usage}
 
     def step(self, step) -> bytes:
         match step:
@@ -541,7 +540,6 @@ class Responses(Format):
         return OpenAI.messages({"messages": body["input"]})
 
 
-# ---- What single servers refuse, beside their format
 def alternating(body: dict) -> str:
     """vLLM with a chat template as Mistral's or Gemma's. Calls and outputs do not count."""
     messages = [message for message in body["messages"] if message["role"] != "system"]
@@ -626,7 +624,6 @@ RULES: dict[str, tuple[Callable[[dict], str], ...]] = {
     **dict.fromkeys(["nvidia_nim", "zai"], ()),
 }
 
-# ---- Whole answers of single servers
 NO_ACCESS = "You don't have access to the model with the specified model ID."
 PAGE = "<html><h1>Log in to the network</h1></html>"
 BODIES: dict[str, tuple[int, dict | str]] = {  # kind: the status, the body
